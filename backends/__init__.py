@@ -1,0 +1,72 @@
+"""The registry of backends: the one list that dispatch, tests, documentation and the command line read.
+
+A backend named NAME is the folder ``backends/NAME``. Its package defines ``sa_softmax`` and ``sa_attention`` for the
+framework's arrays; its module ``adapter`` defines ``Adapter``, which speaks the protocol of
+:mod:`sa_softmax.backends.protocol` so that the conformance suite can run it.
+"""
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["REGISTRY", "Entry", "get"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One backend: its name, the array class it owns, and the extra of ``sa-softmax`` that installs its framework."""
+
+    name: str
+    array_module: str
+    array_class: str
+    extra: str | None
+
+    def owns(self, x: Any) -> bool:
+        """Whether ``x`` is an array of this framework; a framework that nobody imported owns nothing."""
+        module = sys.modules.get(self.array_module)
+        return module is not None and isinstance(x, getattr(module, self.array_class, ()))
+
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.array_module.partition(".")[0]) is not None
+
+    def load(self) -> ModuleType:
+        """Import the backend's package; raises ImportError that names the extra if its framework is missing."""
+        self.require()
+        return importlib.import_module(f"sa_softmax.backends.{self.name}")
+
+    def adapter(self) -> Any:
+        """A fresh conformance adapter of this backend."""
+        self.require()
+        return importlib.import_module(f"sa_softmax.backends.{self.name}.adapter").Adapter()
+
+    def require(self) -> None:
+        if not self.installed():
+            package = self.array_module.partition(".")[0]
+            install = f"sa-softmax[{self.extra}]" if self.extra else package
+            raise ImportError(
+                f"backend {self.name!r} needs {package}, which is not installed: pip install '{install}'"
+            )
+
+
+# Recognition runs in this order. array_api comes last: it takes whatever array-API namespace no other backend owns.
+REGISTRY = (
+    Entry("numpy", "numpy", "ndarray", extra=None),
+    Entry("torch", "torch", "Tensor", extra="torch"),
+    Entry("jax", "jax", "Array", extra="jax"),
+    Entry("mlx", "mlx.core", "array", extra="mlx"),
+    Entry("array_api", "array_api_strict", "Array", extra=None),
+)
+
+
+def get(name: str) -> Entry:
+    """The registry's entry called ``name``; ValueError lists the known names."""
+    for entry in REGISTRY:
+        if entry.name == name:
+            return entry
+    known = ", ".join(entry.name for entry in REGISTRY)
+    raise ValueError(
+        f"unknown backend {name!r}; known: {known}. A backend of your own is named module:attribute"
+    )

@@ -1,0 +1,186 @@
+"""The one validation of the public functions; every backend runs it before it computes.
+
+Checks read shapes, dtypes and types only, never values, so they cost nothing on a device and hold under tracing.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+VARIANTS = ("product", "normalized")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+
+
+@dataclass(frozen=True)
+class ArrayKind:
+    """What validation must know of a framework's arrays.
+
+    ``type`` is the array class, ``convert`` names the call that makes one, ``device`` reads an array's device where
+    arrays of one framework can live apart, ``refused`` holds subclasses whose meaning would be lost.
+    """
+
+    type: type | tuple[type, ...]
+    convert: str
+    device: Callable[[Any], Any] | None = None
+    refused: tuple[type, ...] = ()
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype's name without its framework's prefix: ``torch.float32`` and ``mlx.core.float32`` are ``float32``."""
+    return str(x.dtype).rsplit(".", 1)[-1]
+
+
+def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: Any, **like_x: Any) -> int:
+    """Check the arguments of the row operation and return ``axis`` counted from the front.
+
+    ``like_x`` are further arrays that share the shape and dtype of ``x`` (an upstream gradient, a tangent).
+    """
+    _check_variant(variant)
+    _check_arrays(kind, x=x, where=where, **like_x)
+    _check_floating(x=x)
+    for name, array in like_x.items():
+        if tuple(array.shape) != tuple(x.shape):
+            raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(array.shape)}")
+        _check_dtype(name, array, (dtype_name(x),), "the dtype of x")
+    rank = len(x.shape)
+    if rank == 0:
+        raise ValueError("x must have at least one axis; got a 0-d array. Reshape it to (1,) first")
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis must be one integer; got {axis!r}. Flatten several axes into one first"
+        ) from None
+    if not -rank <= index < rank:
+        raise ValueError(
+            f"axis must be in [{-rank}, {rank - 1}] for an array of shape {tuple(x.shape)}; got {index}"
+        )
+    _check_mask("where", where, tuple(x.shape), "x")
+    return index % rank
+
+
+def check_attention(
+    kind: ArrayKind,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    variant: str,
+    bias: Any,
+    mask: Any,
+    is_causal: bool,
+    q_offset: int,
+    scale: float | None,
+    do: Any = None,
+) -> float:
+    """Check the arguments of attention and return the scale, 1/sqrt(D) where none is given."""
+    _check_variant(variant)
+    _check_arrays(kind, q=q, k=k, v=v, bias=bias, mask=mask, do=do)
+    _check_floating(q=q, k=k, v=v, bias=bias)
+    dtype = dtype_name(q)
+    for name, array in (("k", k), ("v", v)):
+        _check_dtype(name, array, (dtype,), "the dtype of q")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if len(array.shape) < 3:
+            raise ValueError(
+                f"{name} must be (..., heads, length, dimension), at least 3-d; got shape {tuple(array.shape)}. "
+                "Add a heads axis of length 1 for a single head"
+            )
+    if not tuple(q.shape[:-3]) == tuple(k.shape[:-3]) == tuple(v.shape[:-3]):
+        raise ValueError(
+            f"q, k and v must have the same batch axes; got {shapes}. Expand them to one batch shape"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same last axis D; got {shapes}")
+    if k.shape[-3:-1] != v.shape[-3:-1]:
+        raise ValueError(f"k and v must have the same heads Hkv and length Tk; got {shapes}")
+    if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3] != 0:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of key/value heads; "
+            f"got {q.shape[-3]} and {k.shape[-3]} ({shapes})"
+        )
+    scores = (*q.shape[:-1], k.shape[-2])
+    _check_mask("mask", mask, scores, "the scores (..., Hq, Tq, Tk)")
+    if bias is not None:
+        _check_dtype(
+            "bias", bias, (dtype, COMPUTE_DTYPE[dtype]), "the dtype of q, or the dtype it is computed in"
+        )
+        _check_broadcast("bias", bias, scores, "the scores (..., Hq, Tq, Tk)")
+    if do is not None:
+        output = (*q.shape[:-1], v.shape[-1])
+        if tuple(do.shape) != tuple(output):
+            raise ValueError(f"do must have the shape of the output, {output}; got {tuple(do.shape)}")
+        _check_dtype("do", do, (dtype,), "the dtype of q")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False; got {is_causal!r}. A mask array goes to mask=")
+    try:
+        offset = operator.index(q_offset)
+    except TypeError:
+        raise TypeError(f"q_offset must be an integer; got {q_offset!r}") from None
+    if offset != 0 and not is_causal:
+        raise ValueError(
+            f"q_offset shifts the causal mask and needs is_causal=True; got q_offset={offset} without it"
+        )
+    if scale is None:
+        if q.shape[-1] == 0:
+            raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes}. Pass scale=")
+        return 1.0 / math.sqrt(q.shape[-1])
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite Python number or None for 1/sqrt(D); got {scale!r}")
+    return float(scale)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
+
+
+def _check_arrays(kind: ArrayKind, **arrays: Any) -> None:
+    given = {name: array for name, array in arrays.items() if array is not None}
+    for name, array in given.items():
+        if not isinstance(array, kind.type) or isinstance(array, kind.refused):
+            raise TypeError(
+                f"{name} must be an array of the same framework as the function; "
+                f"got {type(array).__module__}.{type(array).__qualname__}. Convert it with {kind.convert}"
+            )
+    if kind.device is not None:
+        devices = {name: kind.device(array) for name, array in given.items()}
+        first = next(iter(devices.values()))
+        if any(device != first for device in devices.values()):
+            places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+            raise ValueError(f"all arrays must be on one device; got {places}. Move them to one device first")
+
+
+def _check_floating(**arrays: Any) -> None:
+    for name, array in arrays.items():
+        if array is not None:
+            _check_dtype(name, array, DTYPES, "a floating dtype")
+
+
+def _check_dtype(name: str, array: Any, allowed: tuple[str, ...], rule: str) -> None:
+    if dtype_name(array) not in allowed:
+        raise TypeError(
+            f"{name} must have {rule} ({', '.join(dict.fromkeys(allowed))}); got {dtype_name(array)}. Cast it first"
+        )
+
+
+def _check_mask(name: str, mask: Any, shape: tuple[int, ...], target: str) -> None:
+    if mask is None:
+        return
+    if dtype_name(mask) not in ("bool", "bool_"):
+        raise TypeError(
+            f"{name} must be boolean, True where an entry participates; got {dtype_name(mask)}. "
+            "An additive mask becomes one by comparing: mask > finfo.min / 2"
+        )
+    _check_broadcast(name, mask, shape, target)
+
+
+def _check_broadcast(name: str, array: Any, shape: tuple[int, ...], target: str) -> None:
+    own = tuple(array.shape)
+    aligned = zip(reversed(own), reversed(shape), strict=False)
+    if len(own) > len(shape) or not all(n == 1 or n == m for n, m in aligned):
+        raise ValueError(f"{name} must broadcast to the shape of {target}, {tuple(shape)}; got {own}")
