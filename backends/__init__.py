@@ -46,9 +46,7 @@ class Entry:
         if not self.installed():
             package = self.array_module.partition(".")[0]
             install = f"sa-softmax[{self.extra}]" if self.extra else package
-            raise ImportError(
-                f"backend {self.name!r} needs {package}, which is not installed: pip install '{install}'"
-            )
+            raise ImportError(f"backend {self.name!r} needs {package}, which is not installed: pip install '{install}'")
 
 
 # Recognition runs in this order. array_api comes last: it takes whatever array-API namespace no other backend owns.
@@ -67,6 +65,4 @@ def get(name: str) -> Entry:
         if entry.name == name:
             return entry
     known = ", ".join(entry.name for entry in REGISTRY)
-    raise ValueError(
-        f"unknown backend {name!r}; known: {known}. A backend of your own is named module:attribute"
-    )
+    raise ValueError(f"unknown backend {name!r}; known: {known}. A backend of your own is named module:attribute")

@@ -6,7 +6,6 @@ bfloat16 arrays have the dtype ``ml_dtypes.bfloat16``. The suite needs ``name``,
 
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 __all__ = ["OPERATIONS", "Backend"]
@@ -36,9 +35,7 @@ class Backend(Protocol):
     def sa_softmax(self, x: Array, *, axis: int, variant: str, where: Array | None, device: str) -> Array:
         """The row operation (spec clauses R, C, D)."""
 
-    def sa_softmax_vjp(
-        self, x: Array, g: Array, *, axis: int, variant: str, where: Array | None, device: str
-    ) -> Array:
+    def sa_softmax_vjp(self, x: Array, g: Array, *, axis: int, variant: str, where: Array | None, device: str) -> Array:
         """The gradient of sum(g * sa_softmax(x)) with respect to x (spec clauses G)."""
 
     def sa_attention(

@@ -18,11 +18,11 @@ COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float3
 class ArrayKind:
     """What validation must know of a framework's arrays.
 
-    ``type`` is the array class, ``convert`` names the call that makes one, ``device`` reads an array's device where
+    ``cls`` is the array class, ``convert`` names the call that makes one, ``device`` reads an array's device where
     arrays of one framework can live apart, ``refused`` holds subclasses whose meaning would be lost.
     """
 
-    type: type | tuple[type, ...]
+    cls: type | tuple[type, ...]
     convert: str
     device: Callable[[Any], Any] | None = None
     refused: tuple[type, ...] = ()
@@ -51,13 +51,9 @@ def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: An
     try:
         index = operator.index(axis)
     except TypeError:
-        raise TypeError(
-            f"axis must be one integer; got {axis!r}. Flatten several axes into one first"
-        ) from None
+        raise TypeError(f"axis must be one integer; got {axis!r}. Flatten several axes into one first") from None
     if not -rank <= index < rank:
-        raise ValueError(
-            f"axis must be in [{-rank}, {rank - 1}] for an array of shape {tuple(x.shape)}; got {index}"
-        )
+        raise ValueError(f"axis must be in [{-rank}, {rank - 1}] for an array of shape {tuple(x.shape)}; got {index}")
     _check_mask("where", where, tuple(x.shape), "x")
     return index % rank
 
@@ -91,9 +87,7 @@ def check_attention(
                 "Add a heads axis of length 1 for a single head"
             )
     if not tuple(q.shape[:-3]) == tuple(k.shape[:-3]) == tuple(v.shape[:-3]):
-        raise ValueError(
-            f"q, k and v must have the same batch axes; got {shapes}. Expand them to one batch shape"
-        )
+        raise ValueError(f"q, k and v must have the same batch axes; got {shapes}. Expand them to one batch shape")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same last axis D; got {shapes}")
     if k.shape[-3:-1] != v.shape[-3:-1]:
@@ -106,9 +100,7 @@ def check_attention(
     scores = (*q.shape[:-1], k.shape[-2])
     _check_mask("mask", mask, scores, "the scores (..., Hq, Tq, Tk)")
     if bias is not None:
-        _check_dtype(
-            "bias", bias, (dtype, COMPUTE_DTYPE[dtype]), "the dtype of q, or the dtype it is computed in"
-        )
+        _check_dtype("bias", bias, (dtype, COMPUTE_DTYPE[dtype]), "the dtype of q, or the dtype it is computed in")
         _check_broadcast("bias", bias, scores, "the scores (..., Hq, Tq, Tk)")
     if do is not None:
         output = (*q.shape[:-1], v.shape[-1])
@@ -122,9 +114,7 @@ def check_attention(
     except TypeError:
         raise TypeError(f"q_offset must be an integer; got {q_offset!r}") from None
     if offset != 0 and not is_causal:
-        raise ValueError(
-            f"q_offset shifts the causal mask and needs is_causal=True; got q_offset={offset} without it"
-        )
+        raise ValueError(f"q_offset shifts the causal mask and needs is_causal=True; got q_offset={offset} without it")
     if scale is None:
         if q.shape[-1] == 0:
             raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes}. Pass scale=")
@@ -142,7 +132,7 @@ def _check_variant(variant: str) -> None:
 def _check_arrays(kind: ArrayKind, **arrays: Any) -> None:
     given = {name: array for name, array in arrays.items() if array is not None}
     for name, array in given.items():
-        if not isinstance(array, kind.type) or isinstance(array, kind.refused):
+        if not isinstance(array, kind.cls) or isinstance(array, kind.refused):
             raise TypeError(
                 f"{name} must be an array of the same framework as the function; "
                 f"got {type(array).__module__}.{type(array).__qualname__}. Convert it with {kind.convert}"

@@ -29,9 +29,7 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 # Both subclasses redefine what * and a reduction mean, so a right answer for them is impossible here.
-_NUMPY = ArrayKind(
-    np.ndarray, "numpy.asarray, and pass a mask as where=", refused=(np.ma.MaskedArray, np.matrix)
-)
+_NUMPY = ArrayKind(np.ndarray, "numpy.asarray, and pass a mask as where=", refused=(np.ma.MaskedArray, np.matrix))
 _quiet = np.errstate(over="ignore", invalid="ignore")
 
 
@@ -221,9 +219,7 @@ def attention_state(
     x_min, x_max = _extrema(x, on, -1)
     e = np.where(on, np.exp(x - x_max), 0)
     shifted = np.where(e == 0, 0, x - x_max)
-    return AttentionState(
-        x_max, e.sum(-1, keepdims=True), x_min, _weigh(e, on, v_), _weigh(e * shifted, on, v_)
-    )
+    return AttentionState(x_max, e.sum(-1, keepdims=True), x_min, _weigh(e, on, v_), _weigh(e * shifted, on, v_))
 
 
 @_quiet
@@ -233,12 +229,15 @@ def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
     m = max(m_a, m_b), w_i = exp(m_i - m): l = sum w_i l_i, o0 = sum w_i o0_i, o1 = sum w_i (o1_i + (m_i - m) o0_i).
     """
     m = np.maximum(a.m, b.m)
-    l, o0, o1 = 0, 0, 0  # noqa: E741
-    for s in (a, b):
-        w = np.where(s.m == -np.inf, 0, np.exp(s.m - m))
-        shift = np.where(w == 0, 0, s.m - m)
-        l, o0, o1 = l + w * s.l, o0 + w * s.o0, o1 + w * (s.o1 + shift * s.o0)  # noqa: E741
-    return AttentionState(m, l, np.minimum(a.lo, b.lo), o0, o1)
+    la, oa0, oa1 = _rescaled(a, m)
+    lb, ob0, ob1 = _rescaled(b, m)
+    return AttentionState(m, la + lb, np.minimum(a.lo, b.lo), oa0 + ob0, oa1 + ob1)
+
+
+def _rescaled(s: AttentionState, m: Array) -> tuple[Array, Array, Array]:
+    w = np.where(s.m == -np.inf, 0, np.exp(s.m - m))
+    shift = np.where(w == 0, 0, s.m - m)
+    return w * s.l, w * s.o0, w * (s.o1 + shift * s.o0)
 
 
 @_quiet
@@ -361,9 +360,9 @@ def _scores(
     x = scale * (q @ _t(k))
     if bias is not None:
         x = x + bias.astype(c)
-    keep = np.ones(x.shape[-2:], bool)
+    keep: Array = np.ones(x.shape[-2:], bool)
     if is_causal:
-        keep = np.tri(*keep.shape, q_offset, dtype=bool)
+        keep = np.tri(x.shape[-2], x.shape[-1], q_offset, dtype=bool)
     if mask is not None:
         keep = keep & mask
     return (q, k, v, *_participating(x, -1, keep))

@@ -28,7 +28,5 @@ class Adapter:
     def sa_attention(self, q: Array, k: Array, v: Array, *, device: str, **options: Any) -> Array:
         return reference.sa_attention(q, k, v, **options)
 
-    def sa_attention_vjp(
-        self, q: Array, k: Array, v: Array, do: Array, *, device: str, **options: Any
-    ) -> Gradients:
+    def sa_attention_vjp(self, q: Array, k: Array, v: Array, do: Array, *, device: str, **options: Any) -> Gradients:
         return reference.sa_attention_vjp(q, k, v, do, **options)
