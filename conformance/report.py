@@ -1,0 +1,116 @@
+"""Reports that a person can read: progress while a run goes on, a table of one run, a matrix of several."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sa_softmax.conformance.cases import Case, cases
+from sa_softmax.conformance.runner import Report, Result
+
+__all__ = ["matrix", "print_report", "progress"]
+
+_SHOWN_FAILURES = 20
+
+
+def progress(title: str, console: Console) -> "Progression":
+    """What to pass as ``progress`` to :func:`sa_softmax.conformance.run` for a bar on ``console``."""
+    return Progression(title, console)
+
+
+class Progression:
+    """Iterates over cases and shows how far it is."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title, self.console = title, console
+
+    def __call__(self, items: list[Case]) -> Iterator[Case]:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(self.title, total=len(items))
+            for item in items:
+                yield item
+                bar.advance(task)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the table of a run, its first failures with their clauses, and the verdict."""
+    console.print(_table(report))
+    failed = [result for result in report.results if result.status == "failed"]
+    for result in failed[:_SHOWN_FAILURES]:
+        console.print(f"[red]failed[/] {result.id} [dim](clauses {', '.join(result.clauses)})[/]")
+        console.print(f"       {result.message}", markup=False, highlight=False)
+    if len(failed) > _SHOWN_FAILURES:
+        console.print(f"... and {len(failed) - _SHOWN_FAILURES} more; --report FILE.json lists them all")
+    for problem in report.problems:
+        console.print(f"[red]problem[/] {problem}")
+    if failed:
+        clauses = sorted({clause for result in failed for clause in result.clauses})
+        console.print(f"clauses of docs/spec.md touched by failures: {', '.join(clauses)}")
+    counts = ", ".join(
+        f"{report.count(status)} {name}"
+        for status, name in (
+            ("passed", "passed"),
+            ("failed", "failed"),
+            ("skipped", "skipped"),
+            ("expected", "expected"),
+        )
+    )
+    worst = report.worst()
+    closest = f"; closest to its bound: {worst.id} at {worst.error:.2f}" if worst and worst.error else ""
+    verdict = "[green]conforms[/]" if report.ok else "[red]does not conform[/]"
+    console.print(f"{report.backend} on {report.device} {verdict} to spec {report.spec_version}: {counts}{closest}")
+
+
+def matrix(reports: Sequence[Report]) -> Table:
+    """Backends against groups of cases: what passed, with the largest error in units of its bound."""
+    table = Table(title="Conformance: cases passed / cases run, and the largest error in units of its bound")
+    table.add_column("group")
+    for report in reports:
+        table.add_column(f"{report.backend}\n[dim]{report.version}[/]", justify="right")
+    for group in _groups():
+        table.add_row(group, *(_cell(_of(report, group)) for report in reports))
+    table.add_section()
+    table.add_row("all", *(_cell(report.results) for report in reports))
+    return table
+
+
+def _table(report: Report) -> Table:
+    table = Table(title=f"{report.backend} ({report.version}, {report.implementation}) on {report.device}")
+    table.add_column("group")
+    for title in ("passed", "failed", "expected", "skipped", "worst forward", "worst gradient"):
+        table.add_column(title, justify="right")
+    for group in _groups():
+        results = _of(report, group)
+        row = [
+            str(sum(result.status == status for result in results) or "")
+            for status in ("passed", "failed", "expected", "skipped")
+        ]
+        for part in ("forward", "vjp"):
+            row.append(_worst(result for result in results if result.id.endswith(f"/{part}")))
+        table.add_row(group, *row, style="red" if row[1] else "")
+    table.caption = "worst: largest error among the passed cases, in units of its bound"
+    return table
+
+
+def _groups() -> list[str]:
+    return list(dict.fromkeys(case.group for case in cases()))
+
+
+def _of(report: Report, group: str) -> list[Result]:
+    return [result for result in report.results if result.id.startswith(f"{group}/")]
+
+
+def _worst(results: Iterable[Result]) -> str:
+    errors = [result.error for result in results if result.status == "passed" and result.error is not None]
+    return f"{max(errors):.2f}" if errors else ""
+
+
+def _cell(results: Sequence[Result]) -> str:
+    ran = [result for result in results if result.status != "skipped"]
+    if not ran:
+        return "[dim]not declared[/]"
+    passed = sum(result.status == "passed" for result in ran)
+    text = f"{passed}/{len(ran)}  {_worst(results):>4}"
+    return text if passed == len(ran) else f"[red]{text}[/]"
