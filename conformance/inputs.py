@@ -162,7 +162,7 @@ def _scales(dtype: str) -> Iterator[RowInput]:
         x[3, 3], x[3, 11] = size, -size
         # Two equal maxima: with one, a large scale leaves a gradient that is all cancellation, and bounds nothing.
         x[:, 5] = x.max(1)
-        clauses = ("R3", "R4", "C7", "G8", _DTYPE_CLAUSE[dtype])
+        clauses = ("R3", "R4", "C7", "D5", "G1", "G2", "G8")
         yield RowInput(name, dtype, clauses, x, draw.flat(4, 17))
 
 
@@ -236,11 +236,11 @@ def _corners(dtype: str) -> Iterator[RowInput]:
         x = np.array([row, spread()], numpy_dtype(dtype))
         where = None if on.all() else np.array([on, everyone])
         # An upstream gradient within [-1, 1] keeps g x finite beside the largest values (G8).
-        yield RowInput(name, dtype, clauses, x, draw.flat(2, n), where)
+        yield RowInput(name, dtype, ("R3", "R4", *clauses), x, draw.flat(2, n), where)
     for shape in ((3, 0), (0, 5), (0, 0), (2, 0, 3)):
         name = f"row.corner/shape={'x'.join(map(str, shape))}"
         empty = np.zeros(shape, numpy_dtype(dtype))
-        yield RowInput(name, dtype, ("C2", "R5"), empty, empty, axis=1)
+        yield RowInput(name, dtype, ("R3", "R4", "R5", "C2"), empty, empty, axis=1)
 
 
 def _ties(dtype: str) -> Iterator[RowInput]:
@@ -260,13 +260,13 @@ def _ties(dtype: str) -> Iterator[RowInput]:
         draw = Draw(f"{name}/{dtype}", dtype)
         row = [places.get(i, value) for i, value in enumerate(base)]
         x = np.array([row, [-value for value in row]], numpy_dtype(dtype))
-        clauses = ("G2", "G3") if tie != "minimum-zero" else ("G2", "G3", "G4")
+        clauses = ("R3", "R4", "G2", "G3", *(["G4"] if tie == "minimum-zero" else []))
         yield RowInput(name, dtype, clauses, x, draw.bell(2, 11))
     name = "row.ties/excluded-twins"
     draw = Draw(f"{name}/{dtype}", dtype)
     x = np.array([[*base[:9], -1.5, 2.0], [*base[:9], 2.0, -1.5]], numpy_dtype(dtype))
     on = np.arange(11) < 9
-    yield RowInput(name, dtype, ("G3", "C5"), x, draw.bell(2, 11), on)
+    yield RowInput(name, dtype, ("R3", "R4", "C5", "G3"), x, draw.bell(2, 11), on)
 
 
 def _wheres(dtype: str) -> Iterator[RowInput]:
@@ -327,9 +327,9 @@ def _axes(dtype: str) -> Iterator[RowInput]:
 
 def _bases(dtype: str) -> Iterator[RowInput]:
     """What the layout and independence cases take apart."""
-    for name, shape in (("row.layout/base", (6, 10)), ("row.independence/base", (5, 37))):
+    for name, clause, shape in (("row.layout/base", "R6", (6, 10)), ("row.independence/base", "R1", (5, 37))):
         draw = Draw(f"{name}/{dtype}", dtype)
-        yield RowInput(name, dtype, ("R1", "R6"), draw.bell(*shape, scale=2.0), draw.bell(*shape))
+        yield RowInput(name, dtype, (clause,), draw.bell(*shape, scale=2.0), draw.bell(*shape))
     name = "row.layout/same-rows"
     draw = Draw(f"{name}/{dtype}", dtype)
     x, g = draw.bell(10, scale=2.0), draw.bell(10)
@@ -365,27 +365,27 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
             change(q, k, v, do)
         return AttentionInput(f"attention.{name}", dtype, clauses, q, k, v, do, bias, mask, fields, compare)
 
-    base = ("A1", "A7", "A10")
+    base = ("A1", "A7", "A9", "A10")
     yield make("shape/5x7", *base)
-    yield make("shape/one-query", *base, "A9", t=(1, 7))
-    yield make("shape/one-key", *base, "A9", t=(5, 1))
-    yield make("shape/one-query-one-key", *base, "A9", t=(1, 1))
-    yield make("shape/more-queries", *base, "A9", t=(9, 4))
-    yield make("shape/dv-larger", *base, "A9", d=(3, 8))
-    yield make("shape/dv-smaller", *base, "A9", d=(8, 2))
-    yield make("shape/d=1", *base, "A9", d=(1, 1))
-    yield make("shape/d=17", *base, "A9", d=(17, 17), t=(3, 5), batch=(1,))
-    yield make("shape/no-batch", *base, "A9", batch=())
-    yield make("shape/two-batch-axes", *base, "A9", batch=(2, 1), t=(3, 4))
-    yield make("shape/keys=33", *base, "A9", t=(3, 33), batch=(), heads=(1, 1))
-    yield make("shape/keys=65", *base, "A9", t=(2, 65), batch=(), heads=(1, 1))
-    yield make("shape/keys=129", *base, "A9", t=(2, 129), d=(4, 3), batch=(), heads=(1, 1))
-    yield make("shape/keys=257", *base, "A9", t=(1, 257), d=(2, 3), batch=(), heads=(1, 1))
-    yield make("shape/queries=65", *base, "A9", t=(65, 3), d=(2, 3), batch=(), heads=(1, 1))
-    yield make("shape/queries=129", *base, "A9", t=(129, 2), d=(2, 2), batch=(), heads=(1, 1))
-    yield make("shape/no-queries", "A9", t=(0, 7))
-    yield make("shape/no-keys", "A5", "A9", t=(5, 0))
-    yield make("shape/no-batch-entries", "A9", batch=(0,))
+    yield make("shape/one-query", *base, t=(1, 7))
+    yield make("shape/one-key", *base, t=(5, 1))
+    yield make("shape/one-query-one-key", *base, t=(1, 1))
+    yield make("shape/more-queries", *base, t=(9, 4))
+    yield make("shape/dv-larger", *base, d=(3, 8))
+    yield make("shape/dv-smaller", *base, d=(8, 2))
+    yield make("shape/d=1", *base, d=(1, 1))
+    yield make("shape/d=17", *base, d=(17, 17), t=(3, 5), batch=(1,))
+    yield make("shape/no-batch", *base, batch=())
+    yield make("shape/two-batch-axes", *base, batch=(2, 1), t=(3, 4))
+    yield make("shape/keys=33", *base, t=(3, 33), batch=(), heads=(1, 1))
+    yield make("shape/keys=65", *base, t=(2, 65), batch=(), heads=(1, 1))
+    yield make("shape/keys=129", *base, t=(2, 129), d=(4, 3), batch=(), heads=(1, 1))
+    yield make("shape/keys=257", *base, t=(1, 257), d=(2, 3), batch=(), heads=(1, 1))
+    yield make("shape/queries=65", *base, t=(65, 3), d=(2, 3), batch=(), heads=(1, 1))
+    yield make("shape/queries=129", *base, t=(129, 2), d=(2, 2), batch=(), heads=(1, 1))
+    yield make("shape/no-queries", *base, t=(0, 7))
+    yield make("shape/no-keys", *base, "A5", t=(5, 0))
+    yield make("shape/no-batch-entries", *base, batch=(0,))
 
     yield make("heads/4-over-2", "A3", heads=(4, 2), t=(3, 5))
     yield make("heads/4-over-1", "A3", heads=(4, 1), t=(3, 5))
@@ -467,11 +467,16 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("bias/per-batch", "A2", "A7", bias=lambda draw: draw.bell(2, 1, 1, 1))
     yield make("bias/one", "A2", "A7", bias=lambda draw: draw.bell(1))
     yield make("bias/large", "A2", "A7", bias=lambda draw: draw.bell(2, 5, 7, scale=40.0))
-    yield make("bias/minus-inf", "A2", "A5", "R2", bias=holes)
-    yield make("bias/nan-where-masked", "A2", "A6", bias=nan_holes, mask=some)
+    yield make("bias/minus-inf", "A2", "A7", "A5", "R2", bias=holes)
+    yield make("bias/nan-where-masked", "A2", "A7", "A6", bias=nan_holes, mask=some)
     if dtype in ("float16", "bfloat16"):
         yield make(
-            "bias/float32", "A2", "A7", "A10", bias=lambda draw: Draw(draw.random.random().hex(), "float32").bell(5, 7)
+            "bias/float32",
+            "A2",
+            "A7",
+            "A10",
+            "D3",
+            bias=lambda draw: Draw(draw.random.random().hex(), "float32").bell(5, 7),
         )
 
     yield make("scale/1", "A1", scale=1.0, size=0.7, batch=(1,))
@@ -492,4 +497,4 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("sign/all-negative", "A1", "A7", change=negative, batch=(1,))
     yield make("sign/all-positive", "A1", "A7", change=positive, batch=(1,))
     # Equal keys tie at every extremum: which twin gets dk is open, what dq and dv are is not.
-    yield make("ties/twin-keys", "A8", change=twins, compare=("o", "dq", "dv"), batch=(1,))
+    yield make("ties/twin-keys", "A1", "A8", change=twins, compare=("o", "dq", "dv"), batch=(1,))

@@ -640,7 +640,7 @@ def _alive_at_zero_range(factor: float) -> Callable[..., Any]:
 
 
 def _upstream_not_selected(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
-    return _row_vjp(z, on, np.where(on, g, 0) + 0 * g, axis, variant)
+    return np.where(on, _row_vjp(z, on, g, axis, variant) + 0 * g.sum(axis, keepdims=True), 0)
 
 
 def _attention() -> Iterator[Backend]:
