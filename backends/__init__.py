@@ -30,7 +30,7 @@ class Entry:
         return module is not None and isinstance(x, getattr(module, self.array_class, ()))
 
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.array_module.partition(".")[0]) is not None
+        return importlib.util.find_spec(self.package) is not None
 
     def load(self) -> ModuleType:
         """Import the backend's package; raises ImportError that names the extra if its framework is missing."""
@@ -42,11 +42,17 @@ class Entry:
         self.require()
         return importlib.import_module(f"sa_softmax.backends.{self.name}.adapter").Adapter()
 
+    def install(self) -> str:
+        """The command that installs the framework."""
+        return f"pip install '{f'sa-softmax[{self.extra}]' if self.extra else self.package}'"
+
+    @property
+    def package(self) -> str:
+        return self.array_module.partition(".")[0]
+
     def require(self) -> None:
         if not self.installed():
-            package = self.array_module.partition(".")[0]
-            install = f"sa-softmax[{self.extra}]" if self.extra else package
-            raise ImportError(f"backend {self.name!r} needs {package}, which is not installed: pip install '{install}'")
+            raise ImportError(f"backend {self.name!r} needs {self.package}, which is not installed: {self.install()}")
 
 
 # Recognition runs in this order. array_api comes last: it takes whatever array-API namespace no other backend owns.

@@ -24,13 +24,21 @@ class Backend(Protocol):
     to be the same bits alone, in a batch and at any position; spec clause R1).
     """
 
-    name: str
-    operations: tuple[str, ...]
-    """Which of ``OPERATIONS`` are implemented. What is not declared is skipped in plain sight."""
-    dtypes: tuple[str, ...]
-    """Which of float16, bfloat16, float32, float64."""
-    devices: tuple[str, ...]
-    """Names that ``device=`` may get; the first is the default of a run."""
+    @property
+    def name(self) -> str:
+        """What reports call the backend; a plain attribute does, here and below."""
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Which of ``OPERATIONS`` are implemented. What is not declared is skipped in plain sight."""
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Which of float16, bfloat16, float32, float64."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names that ``device=`` may get; the first is the default of a run."""
 
     def sa_softmax(self, x: Array, *, axis: int, variant: str, where: Array | None, device: str) -> Array:
         """The row operation (spec clauses R, C, D)."""

@@ -83,7 +83,7 @@ def compare(name: str, got: Any, expected: Expected) -> float:
 
 # Golden cases: each record, both variants, forward and gradient.
 
-_PARTS = {
+_PARTS: dict[bool, dict[str, tuple[str, tuple[str, ...]]]] = {
     False: {"forward": ("sa_softmax", ("y",)), "vjp": ("sa_softmax_vjp", ("dx",))},
     True: {"forward": ("sa_attention", ("o",)), "vjp": ("sa_attention_vjp", ("dq", "dk", "dv", "dbias"))},
 }
@@ -158,20 +158,17 @@ def call(
     positional = {"sa_softmax": ("x",), "sa_softmax_vjp": ("x", "g"), "sa_attention": ("q", "k", "v")}.get(
         operation, ("q", "k", "v", "do")
     )
+    options: dict[str, Any] = {"where": values.get("where")}
     if record.is_attention:
-        defaults = {
+        options = {
             "bias": values.get("bias"),
             "mask": values.get("mask"),
             "is_causal": False,
             "q_offset": 0,
             "scale": None,
         }
-        options = defaults | record.options
-    else:
-        options = {"where": values.get("where")} | record.options
-    result = getattr(backend, operation)(
-        *(values[name] for name in positional), variant=variant, device=device, **options
-    )
+    options |= record.options | {"variant": variant, "device": device}
+    result = getattr(backend, operation)(*(values[name] for name in positional), **options)
     for name, array in values.items():
         if array.tobytes() != before[name]:
             raise Mismatch(f"the input {name} was changed in place")
@@ -209,7 +206,7 @@ def _broadcast(x: Array) -> Array:
 
 
 def _layout_cases() -> Iterator[Case]:
-    layouts = {
+    layouts: dict[str, dict[str, Layout]] = {
         "base": {"transposed": _transposed, "sliced": _sliced, "reversed": _reversed, "shifted": _shifted},
         "same-rows": {"broadcast": _broadcast},
     }
@@ -247,14 +244,15 @@ def _independence_cases() -> Iterator[Case]:
                 yield from _cases_of(record, f"row.independence/{name}/{record.dtype}", ("R1",), check)
 
 
+def _row(x: Array, i: int) -> Array:
+    return x[i : i + 1].copy()
+
+
 def _check_alone(
     record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
     (batch,) = call(backend, operation, record, variant, device)
-    rows = [
-        call(backend, operation, record, variant, device, lambda x, i=i: x[i : i + 1].copy())[0]
-        for i in range(len(batch))
-    ]
+    rows = [call(backend, operation, record, variant, device, partial(_row, i=i))[0] for i in range(len(batch))]
     return _check_rows(record, variant, outputs, backend, np.concatenate(rows), batch)
 
 

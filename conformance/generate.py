@@ -104,7 +104,7 @@ def _attention(case: AttentionInput) -> tuple[dict[str, Any], dict[str, Array], 
     scores = (*case.q.shape[:-1], case.k.shape[-2])
     keep = np.ones(scores, bool) if case.mask is None else np.broadcast_to(case.mask, scores)
     if case.options.get("is_causal"):
-        keep = keep & np.tri(*scores[-2:], case.options.get("q_offset", 0), dtype=bool)
+        keep = keep & np.tri(scores[-2], scores[-1], case.options.get("q_offset", 0), dtype=bool)
     scale = case.options.get("scale")
     scale = 1 / mp.sqrt(case.q.shape[-1]) if scale is None else mp.mpf(scale)
     arrays = {"q": case.q, "k": case.k, "v": case.v, "do": case.do}

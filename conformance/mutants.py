@@ -5,6 +5,7 @@ A mutant is the reference with one of its parts replaced, or an adapter that mis
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -18,50 +19,27 @@ __all__ = ["mutants"]
 
 
 class Mutant(Adapter):
-    """The reference with some of its private functions replaced."""
-
-    def __init__(self, name: str, **parts: Callable[..., Any]) -> None:
-        self.name = name
-        self._parts = parts
-
-    def sa_softmax(self, x: Array, **options: Any) -> Array:
-        with mock.patch.multiple(reference, **self._parts):
-            return super().sa_softmax(x, **options)
-
-    def sa_softmax_vjp(self, x: Array, g: Array, **options: Any) -> Array:
-        with mock.patch.multiple(reference, **self._parts):
-            return super().sa_softmax_vjp(x, g, **options)
-
-    def sa_attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
-        with mock.patch.multiple(reference, **self._parts):
-            return super().sa_attention(q, k, v, **options)
-
-    def sa_attention_vjp(self, q: Array, k: Array, v: Array, do: Array, **options: Any) -> Gradients:
-        with mock.patch.multiple(reference, **self._parts):
-            return super().sa_attention_vjp(q, k, v, do, **options)
-
-
-class Wrapped(Adapter):
-    """The reference behind a front that changes the arguments or the results of every operation.
-
-    ``before(operation, arrays, options)`` returns what is passed on; ``after(operation, result, arrays)`` what
-    comes back.
+    """The reference with some of its private functions replaced by ``parts``, behind a front that may change what
+    goes in or comes out: ``before(operation, arrays, options)`` returns what is passed on,
+    ``after(operation, result, arrays)`` what comes back.
     """
 
     def __init__(
         self,
         name: str,
-        before: Callable[..., tuple[tuple[Array, ...], dict[str, Any]]] | None = None,
+        before: Callable[..., Any] | None = None,
         after: Callable[..., Any] | None = None,
+        **parts: Any,
     ) -> None:
         self.name = name
-        self._before, self._after = before, after
+        self._before, self._after, self._parts = before, after, parts
 
     def _run(self, operation: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> Any:
         given = arrays
         if self._before is not None:
             arrays, options = self._before(operation, arrays, options)
-        result = getattr(Adapter, operation)(self, *arrays, **options)
+        with mock.patch.multiple(reference, **self._parts) if self._parts else nullcontext():
+            result = getattr(Adapter, operation)(self, *arrays, **options)
         return result if self._after is None else self._after(operation, result, given)
 
     def sa_softmax(self, x: Array, **options: Any) -> Any:
@@ -92,9 +70,8 @@ _row_forward, _row_vjp, _rounded = _original["_forward"], _original["_vjp"], _or
 _weigh, _sum_groups, _sum_to = _original["_weigh"], _original["_sum_groups"], _original["_sum_to"]
 
 
-def _plain_factor(x_min: Array, x_max: Array, lo: Array, hi: Array) -> tuple[Array, Array, Array]:
+def _range(lo: Array, hi: Array) -> tuple[Array, Array, Array]:
     """The result of reference._factor for other choices of lo and hi."""
-    del x_min, x_max
     unit = np.where(np.maximum(abs(hi), abs(lo)) > 1, 0.5, 1).astype(lo.dtype)
     R = hi * unit - lo * unit
     return lo, unit, np.where(R == 0, np.inf, R)
@@ -107,24 +84,30 @@ def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
 def _forward() -> Iterator[Backend]:
     """Mistakes about the definition."""
 
-    def instead(change: Callable[..., Any]) -> Callable[..., Any]:
-        return _quietly(change)
-
-    yield Mutant("plain-softmax", _forward=instead(lambda z, on, axis, variant: _softmax(z, on, axis)[0] * on))
-    yield Mutant("zeros", _forward=instead(lambda z, on, axis, variant: np.zeros_like(z)))
-    yield Mutant("factor-without-softmax", _forward=instead(
-        lambda z, on, axis, variant: np.where(on, _row_forward(z, on, axis, variant) / np.where(
-            _softmax(z, on, axis)[0] == 0, 1, _softmax(z, on, axis)[0]), 0)))  # fmt: skip
+    yield Mutant("plain-softmax", _forward=_quietly(lambda z, on, axis, variant: _softmax(z, on, axis)[0] * on))
+    yield Mutant("zeros", _forward=_quietly(lambda z, on, axis, variant: np.zeros_like(z)))
+    yield Mutant(
+        "factor-without-softmax",
+        _forward=_quietly(
+            lambda z, on, axis, variant: np.where(
+                on,
+                _row_forward(z, on, axis, variant)
+                / np.where(_softmax(z, on, axis)[0] == 0, 1, _softmax(z, on, axis)[0]),
+                0,
+            )
+        ),
+    )
     yield Mutant("always-normalized", _forward=lambda z, on, axis, variant: _row_forward(z, on, axis, "normalized"))
     yield Mutant("always-product", _forward=lambda z, on, axis, variant: _row_forward(z, on, axis, "product"))
     yield Mutant("product-of-magnitude", _forward=lambda z, on, axis, variant: abs(_row_forward(z, on, axis, variant)))
-    yield Mutant("lo-not-clamped", _factor=lambda a, b: _plain_factor(a, b, a, np.maximum(b, 0)))
-    yield Mutant("hi-not-clamped", _factor=lambda a, b: _plain_factor(a, b, np.minimum(a, 0), b))
-    yield Mutant("neither-clamped", _factor=lambda a, b: _plain_factor(a, b, a, b))
-    yield Mutant("clamps-swapped", _factor=lambda a, b: _plain_factor(a, b, np.maximum(a, 0), np.minimum(b, 0)))
-    yield Mutant("lo-always-zero", _factor=lambda a, b: _plain_factor(a, b, 0 * a, np.maximum(b, 0)))
-    yield Mutant("range-symmetric", _factor=lambda a, b: _plain_factor(
-        a, b, -np.maximum(abs(a), abs(b)), np.maximum(abs(a), abs(b))))  # fmt: skip
+    yield Mutant("lo-not-clamped", _factor=lambda a, b: _range(a, np.maximum(b, 0)))
+    yield Mutant("hi-not-clamped", _factor=lambda a, b: _range(np.minimum(a, 0), b))
+    yield Mutant("neither-clamped", _factor=lambda a, b: _range(a, b))
+    yield Mutant("clamps-swapped", _factor=lambda a, b: _range(np.maximum(a, 0), np.minimum(b, 0)))
+    yield Mutant("lo-always-zero", _factor=lambda a, b: _range(0 * a, np.maximum(b, 0)))
+    yield Mutant(
+        "range-symmetric", _factor=lambda a, b: _range(-np.maximum(abs(a), abs(b)), np.maximum(abs(a), abs(b)))
+    )
 
     def epsilon(size: float) -> Callable[..., Any]:
         def factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
@@ -137,15 +120,29 @@ def _forward() -> Iterator[Backend]:
     yield Mutant("epsilon-1e-6-in-the-denominator", _factor=epsilon(1e-6))
     yield Mutant("epsilon-1e-12-in-the-denominator", _factor=epsilon(1e-12))
     yield Mutant("no-maximum-subtracted", _softmax=_quietly(_softmax_unshifted))
-    yield Mutant("temperature-of-log2", _softmax=lambda z, on, axis: (
-        _softmax(z * np.asarray(np.log(2), z.dtype), on, axis)[0], *_extrema(z, on, axis)))  # fmt: skip
+    yield Mutant(
+        "temperature-of-log2",
+        _softmax=lambda z, on, axis: (
+            _softmax(z * np.asarray(np.log(2), z.dtype), on, axis)[0],
+            *_extrema(z, on, axis),
+        ),
+    )
     yield Mutant("softmax-sums-excluded-entries-too", _softmax=_quietly(_softmax_over_everything))
-    yield Mutant("extrema-over-the-whole-batch", _extrema=lambda z, on, axis: (
-        np.broadcast_to(np.min(z, where=on, initial=np.inf), _extrema(z, on, axis)[0].shape),
-        _extrema(z, on, axis)[1]))  # fmt: skip
+    yield Mutant(
+        "extrema-over-the-whole-batch",
+        _extrema=lambda z, on, axis: (
+            np.broadcast_to(np.min(z, where=on, initial=np.inf), _extrema(z, on, axis)[0].shape),
+            _extrema(z, on, axis)[1],
+        ),
+    )
     yield Mutant("one-maximum-for-the-whole-batch", _softmax=_quietly(_softmax_shifted_by_batch))
-    yield Mutant("minimum-of-magnitude", _extrema=lambda z, on, axis: (
-        -np.max(abs(z), axis, keepdims=True, where=on, initial=0), _extrema(z, on, axis)[1]))  # fmt: skip
+    yield Mutant(
+        "minimum-of-magnitude",
+        _extrema=lambda z, on, axis: (
+            -np.max(abs(z), axis, keepdims=True, where=on, initial=0),
+            _extrema(z, on, axis)[1],
+        ),
+    )
 
 
 def _softmax_unshifted(z: Array, on: Array, axis: int) -> tuple[Array, Array, Array]:
@@ -197,33 +194,68 @@ def _corners() -> Iterator[Backend]:
     yield Mutant("mask-multiplies", _participating=_quietly(_multiply_mask))
     yield Mutant("mask-adds-the-lowest-finite", _participating=_quietly(_additive_mask))
     yield Mutant("mask-ignored", _participating=lambda x, axis, where: _participating(x, axis, None))
-    yield Mutant("mask-inverted", _participating=lambda x, axis, where: _participating(
-        x, axis, None if where is None else ~where))  # fmt: skip
+    yield Mutant(
+        "mask-inverted",
+        _participating=lambda x, axis, where: _participating(x, axis, None if where is None else ~where),
+    )
     yield Mutant("minus-inf-participates", _participating=_quietly(_minus_inf_participates))
-    yield Mutant("minus-inf-is-the-minimum", _extrema=_quietly(lambda z, on, axis: (
-        np.where(on.all(axis, keepdims=True), _extrema(z, on, axis)[0], -np.inf).astype(z.dtype),
-        _extrema(z, on, axis)[1])))  # fmt: skip
-    yield Mutant("lowest-finite-is-excluded", _participating=participating(
-        lambda x, z, on: on & ~(z < np.finfo(z.dtype).min / 4)))  # fmt: skip
+    yield Mutant(
+        "minus-inf-is-the-minimum",
+        _extrema=_quietly(
+            lambda z, on, axis: (
+                np.where(on.all(axis, keepdims=True), _extrema(z, on, axis)[0], -np.inf).astype(z.dtype),
+                _extrema(z, on, axis)[1],
+            )
+        ),
+    )
+    yield Mutant(
+        "lowest-finite-is-excluded",
+        _participating=participating(lambda x, z, on: on & ~(z < np.finfo(z.dtype).min / 4)),
+    )
     yield Mutant("nan-is-excluded", _participating=participating(lambda x, z, on: on & ~np.isnan(z)))
     yield Mutant("non-finite-is-excluded", _participating=participating(lambda x, z, on: on & np.isfinite(z)))
     yield Mutant("extrema-skip-nan-rows", _forward=_quietly(_nan_stays_in_its_entry))
-    yield Mutant("nan-spreads-to-excluded-entries", _forward=_quietly(
-        lambda z, on, axis, variant: np.where(
-            np.isnan(_row_forward(z, on, axis, variant)).any(axis, keepdims=True), np.nan,
-            _row_forward(z, on, axis, variant))))  # fmt: skip
-    yield Mutant("nan-spreads-to-other-rows", _forward=_quietly(
-        lambda z, on, axis, variant: _row_forward(z, on, axis, variant) + 0 * np.sum(z)))  # fmt: skip
+    yield Mutant(
+        "nan-spreads-to-excluded-entries",
+        _forward=_quietly(
+            lambda z, on, axis, variant: np.where(
+                np.isnan(_row_forward(z, on, axis, variant)).any(axis, keepdims=True),
+                np.nan,
+                _row_forward(z, on, axis, variant),
+            )
+        ),
+    )
+    yield Mutant(
+        "nan-spreads-to-other-rows",
+        _forward=_quietly(lambda z, on, axis, variant: _row_forward(z, on, axis, variant) + 0 * np.sum(z)),
+    )
     yield Mutant("plus-inf-is-one-hot", _forward=_quietly(_plus_inf_wins))
     yield Mutant("range-overflows", _factor=_quietly(_overflowing_factor))
-    yield Mutant("extrema-of-excluded-entries-count", _participating=_quietly(_keep_excluded_values),
-                 _extrema=lambda z, on, axis: _extrema(z, np.ones_like(on), axis))  # fmt: skip
-    yield Mutant("excluded-entries-are-tiny-not-zero", _forward=lambda z, on, axis, variant: np.where(
-        on, _row_forward(z, on, axis, variant), np.asarray(1e-30, z.dtype)))  # fmt: skip
-    yield Mutant("one-entry-rows-give-one", _forward=lambda z, on, axis, variant: np.where(
-        on & (on.sum(axis, keepdims=True) == 1), 1, _row_forward(z, on, axis, variant)).astype(z.dtype))  # fmt: skip
-    yield Mutant("constant-rows-are-zero", _forward=_quietly(lambda z, on, axis, variant: np.where(
-        _extrema(z, on, axis)[0] == _extrema(z, on, axis)[1], 0, _row_forward(z, on, axis, variant))))  # fmt: skip
+    yield Mutant(
+        "extrema-of-excluded-entries-count",
+        _participating=_quietly(_keep_excluded_values),
+        _extrema=lambda z, on, axis: _extrema(z, np.ones_like(on), axis),
+    )
+    yield Mutant(
+        "excluded-entries-are-tiny-not-zero",
+        _forward=lambda z, on, axis, variant: np.where(
+            on, _row_forward(z, on, axis, variant), np.asarray(1e-30, z.dtype)
+        ),
+    )
+    yield Mutant(
+        "one-entry-rows-give-one",
+        _forward=lambda z, on, axis, variant: np.where(
+            on & (on.sum(axis, keepdims=True) == 1), 1, _row_forward(z, on, axis, variant)
+        ).astype(z.dtype),
+    )
+    yield Mutant(
+        "constant-rows-are-zero",
+        _forward=_quietly(
+            lambda z, on, axis, variant: np.where(
+                _extrema(z, on, axis)[0] == _extrema(z, on, axis)[1], 0, _row_forward(z, on, axis, variant)
+            )
+        ),
+    )
     yield Mutant("smallest-entry-is-nearly-zero", _forward=_quietly(_distributed_division))
 
 
@@ -295,32 +327,64 @@ def _dtypes() -> Iterator[Backend]:
             with np.errstate(over="ignore"):
                 return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
-        return Wrapped(name, before, after)
+        return Mutant(name, before, after)
 
     yield computed_in("float64-computed-in-float32", "float32", "float64")
     yield computed_in("float32-computed-in-float16", "float16", "float32")
-    yield Mutant("weights-rounded-to-bfloat16", _softmax=lambda z, on, axis: (
-        _round_to_bfloat16(_softmax(z, on, axis)[0]), *_extrema(z, on, axis)))  # fmt: skip
-    yield Mutant("half-precision-weights", _softmax=lambda z, on, axis: (
-        _softmax(z, on, axis)[0].astype(np.float16).astype(z.dtype), *_extrema(z, on, axis)))  # fmt: skip
+    yield Mutant(
+        "weights-rounded-to-bfloat16",
+        _softmax=lambda z, on, axis: (_round_to_bfloat16(_softmax(z, on, axis)[0]), *_extrema(z, on, axis)),
+    )
+    yield Mutant(
+        "half-precision-weights",
+        _softmax=lambda z, on, axis: (
+            _softmax(z, on, axis)[0].astype(np.float16).astype(z.dtype),
+            *_extrema(z, on, axis),
+        ),
+    )
     yield Mutant("sum-in-float16", _softmax=_quietly(_softmax_summed_in_float16))
-    yield Mutant("exp-to-five-digits", _softmax=lambda z, on, axis: (
-        _softmax(z * np.asarray(1 + 1e-5, z.dtype), on, axis)[0], *_extrema(z, on, axis)))  # fmt: skip
-    yield Wrapped("float32-comes-back", after=lambda operation, result, arrays: (
-        tuple(None if r is None else r.astype(np.float32) for r in result) if isinstance(result, tuple)
-        else result.astype(np.float32)))  # fmt: skip
+    yield Mutant(
+        "exp-to-five-digits",
+        _softmax=lambda z, on, axis: (_softmax(z * np.asarray(1 + 1e-5, z.dtype), on, axis)[0], *_extrema(z, on, axis)),
+    )
+    yield Mutant(
+        "float32-comes-back",
+        after=lambda operation, result, arrays: (
+            tuple(None if r is None else r.astype(np.float32) for r in result)
+            if isinstance(result, tuple)
+            else result.astype(np.float32)
+        ),
+    )
     yield Mutant("bfloat16-truncated", _rounded=_truncated)
-    yield Mutant("float16-flushes-subnormals", _rounded=lambda y, like: np.where(
-        abs(_rounded(y, like)) < np.asarray(6.1e-5, like.dtype), np.asarray(0, like.dtype), _rounded(y, like))
-        if like.dtype == np.float16 else _rounded(y, like))  # fmt: skip
-    yield Wrapped("integers-are-cast", before=lambda operation, arrays, options: (
-        tuple(a.astype(np.float32) if a.dtype.kind in "iub" and a.dtype.itemsize != 2 else a for a in arrays),
-        options))  # fmt: skip
-    yield Wrapped("complex-loses-its-imaginary-part", before=lambda operation, arrays, options: (
-        tuple(a.real if a.dtype.kind == "c" else a for a in arrays), options))  # fmt: skip
-    yield Wrapped("integers-refused-namelessly", before=_refuse_namelessly)
-    yield Wrapped("list-comes-back", after=lambda operation, result, arrays: (
-        result if isinstance(result, tuple) else result.tolist()))  # fmt: skip
+    yield Mutant(
+        "float16-flushes-subnormals",
+        _rounded=lambda y, like: (
+            np.where(
+                abs(_rounded(y, like)) < np.asarray(6.1e-5, like.dtype), np.asarray(0, like.dtype), _rounded(y, like)
+            )
+            if like.dtype == np.float16
+            else _rounded(y, like)
+        ),
+    )
+    yield Mutant(
+        "integers-are-cast",
+        before=lambda operation, arrays, options: (
+            tuple(a.astype(np.float32) if a.dtype.kind in "iub" and a.dtype.itemsize != 2 else a for a in arrays),
+            options,
+        ),
+    )
+    yield Mutant(
+        "complex-loses-its-imaginary-part",
+        before=lambda operation, arrays, options: (
+            tuple(a.real if a.dtype.kind == "c" else a for a in arrays),
+            options,
+        ),
+    )
+    yield Mutant("integers-refused-namelessly", before=_refuse_namelessly)
+    yield Mutant(
+        "list-comes-back",
+        after=lambda operation, result, arrays: result if isinstance(result, tuple) else result.tolist(),
+    )
 
 
 def _round_to_bfloat16(p: Array) -> Array:
@@ -357,10 +421,16 @@ def _plumbing() -> Iterator[Backend]:
 
         return before
 
-    yield Wrapped("axis-ignored", options_of(lambda arrays, options: {"axis": -1}))
-    yield Wrapped("negative-axis-misread", options_of(lambda arrays, options: {
-        "axis": abs(options["axis"]) % max(arrays[0].ndim, 1) if options["axis"] < -1 else options["axis"]}))  # fmt: skip
-    yield Wrapped(
+    yield Mutant("axis-ignored", options_of(lambda arrays, options: {"axis": -1}))
+    yield Mutant(
+        "negative-axis-misread",
+        options_of(
+            lambda arrays, options: {
+                "axis": abs(options["axis"]) % max(arrays[0].ndim, 1) if options["axis"] < -1 else options["axis"]
+            }
+        ),
+    )
+    yield Mutant(
         "positive-axis-from-the-back",
         options_of(
             lambda arrays, options: {
@@ -370,35 +440,66 @@ def _plumbing() -> Iterator[Backend]:
             }
         ),
     )
-    yield Wrapped("axis-wraps-around", options_of(lambda arrays, options: {
-        "axis": options["axis"] % max(arrays[0].ndim, 1)}))  # fmt: skip
-    yield Wrapped("scalars-accepted", lambda operation, arrays, options: (
-        tuple(a.reshape(1) if a.ndim == 0 else a for a in arrays), options))  # fmt: skip
-    yield Wrapped("unknown-variant-is-the-default", lambda operation, arrays, options: (
-        arrays, options | {"variant": "product" if options["variant"] == "product" else "normalized"}))  # fmt: skip
-    yield Wrapped("where-cast-to-bool", options_of(lambda arrays, options: {
-        "where": None if options["where"] is None else options["where"].astype(bool)}))  # fmt: skip
-    yield Wrapped("where-must-have-the-full-shape", options_of(lambda arrays, options: {
-        "where": options["where"] if np.shape(options["where"]) == arrays[0].shape else None}))  # fmt: skip
-    yield Wrapped("where-broadcasts-from-the-front", options_of(lambda arrays, options: {
-        "where": _front_broadcast(options["where"], arrays[0].ndim)}))  # fmt: skip
-    yield Wrapped(
+    yield Mutant(
+        "axis-wraps-around", options_of(lambda arrays, options: {"axis": options["axis"] % max(arrays[0].ndim, 1)})
+    )
+    yield Mutant(
+        "scalars-accepted",
+        lambda operation, arrays, options: (tuple(a.reshape(1) if a.ndim == 0 else a for a in arrays), options),
+    )
+    yield Mutant(
+        "unknown-variant-is-the-default",
+        lambda operation, arrays, options: (
+            arrays,
+            options | {"variant": "product" if options["variant"] == "product" else "normalized"},
+        ),
+    )
+    yield Mutant(
+        "where-cast-to-bool",
+        options_of(
+            lambda arrays, options: {"where": None if options["where"] is None else options["where"].astype(bool)}
+        ),
+    )
+    yield Mutant(
+        "where-must-have-the-full-shape",
+        options_of(
+            lambda arrays, options: {
+                "where": options["where"] if np.shape(options["where"]) == arrays[0].shape else None
+            }
+        ),
+    )
+    yield Mutant(
+        "where-broadcasts-from-the-front",
+        options_of(lambda arrays, options: {"where": _front_broadcast(options["where"], arrays[0].ndim)}),
+    )
+    yield Mutant(
         "strides-ignored",
         lambda operation, arrays, options: (
             tuple(np.ravel(a, order="K").reshape(a.shape) if a.flags.forc else _as_if_contiguous(a) for a in arrays),
             options,
         ),
     )
-    yield Wrapped("zero-stride-unsupported", lambda operation, arrays, options: (
-        tuple(np.where(np.arange(a.shape[0]).reshape(-1, *[1] * (a.ndim - 1)) == 0, a, 0).astype(a.dtype)
-              if a.ndim > 1 and a.shape[0] > 1 and a.strides[0] == 0 else a for a in arrays), options))  # fmt: skip
-    yield Wrapped("input-overwritten", after=_overwrite)
+    yield Mutant(
+        "zero-stride-unsupported",
+        lambda operation, arrays, options: (
+            tuple(
+                np.where(np.arange(a.shape[0]).reshape(-1, *[1] * (a.ndim - 1)) == 0, a, 0).astype(a.dtype)
+                if a.ndim > 1 and a.shape[0] > 1 and a.strides[0] == 0
+                else a
+                for a in arrays
+            ),
+            options,
+        ),
+    )
+    yield Mutant("input-overwritten", after=_overwrite)
     yield _SharedBuffer("one-output-buffer")
     yield _Cached("cached-by-shape")
-    yield Wrapped("zero-size-raises", _refuse_empty)
-    yield Wrapped("zero-size-unreshaped", after=lambda operation, result, arrays: (
-        result.reshape(-1) if operation in row and result.size == 0 else result))  # fmt: skip
-    yield Wrapped("rank-above-four-raises", _refuse_high_rank)
+    yield Mutant("zero-size-raises", _refuse_empty)
+    yield Mutant(
+        "zero-size-unreshaped",
+        after=lambda operation, result, arrays: result.reshape(-1) if operation in row and result.size == 0 else result,
+    )
+    yield Mutant("rank-above-four-raises", _refuse_high_rank)
 
 
 def _front_broadcast(where: Array | None, ndim: int) -> Array | None:
@@ -470,6 +571,9 @@ def _tails() -> Iterator[Backend]:
         """Entries in full blocks of ``width``; everything where there is no full block."""
         return lambda n: np.arange(n) < (n // width * width or n)
 
+    def first(limit: int) -> Callable[[int], Array]:
+        return lambda n: np.arange(n) < limit
+
     def extrema_over(seen: Callable[[int], Array]) -> Callable[..., Any]:
         def replaced(z: Array, on: Array, axis: int) -> tuple[Array, Array]:
             places = seen(z.shape[axis])
@@ -491,15 +595,17 @@ def _tails() -> Iterator[Backend]:
         yield Mutant(f"minimum-misses-the-tail-after-blocks-of-{width}", _extrema=extrema_over(blocks(width)))
         yield Mutant(f"sum-misses-the-tail-after-blocks-of-{width}", _softmax=softmax_over(blocks(width)))
     for limit in (256, 1024, 4096, 65536):
-        yield Mutant(
-            f"minimum-of-the-first-{limit}", _extrema=extrema_over(lambda n, limit=limit: np.arange(n) < limit)
-        )
-        yield Mutant(f"sum-of-the-first-{limit}", _softmax=softmax_over(lambda n, limit=limit: np.arange(n) < limit))
+        yield Mutant(f"minimum-of-the-first-{limit}", _extrema=extrema_over(first(limit)))
+        yield Mutant(f"sum-of-the-first-{limit}", _softmax=softmax_over(first(limit)))
     yield Mutant("minimum-misses-the-first-entry", _extrema=extrema_over(lambda n: np.arange(n) > (0 if n > 1 else -1)))
     yield Mutant("minimum-misses-the-last-entry", _extrema=extrema_over(lambda n: np.arange(n) < max(n - 1, 1)))
-    yield Mutant("last-entry-of-long-rows-unwritten", _forward=lambda z, on, axis, variant: (
-        _row_forward(z, on, axis, variant)
-        * _along(np.arange(z.shape[axis]) < max(z.shape[axis] - (z.shape[axis] > 1024), 0), z.ndim, axis)))  # fmt: skip
+    yield Mutant(
+        "last-entry-of-long-rows-unwritten",
+        _forward=lambda z, on, axis, variant: (
+            _row_forward(z, on, axis, variant)
+            * _along(np.arange(z.shape[axis]) < max(z.shape[axis] - (z.shape[axis] > 1024), 0), z.ndim, axis)
+        ),
+    )
 
 
 def _along(places: Array, ndim: int, axis: int) -> Array:
@@ -533,7 +639,8 @@ def _gradients() -> Iterator[Backend]:
                 winner = (held > 0) & (np.cumsum(held > 0, axis) == 1)
                 return (np.flip(winner, axis) if reverse else winner).astype(share.dtype)
 
-            return tuple(map(first, _shares(z, on, x_min, x_max, axis)))
+            at_min, at_max = _shares(z, on, x_min, x_max, axis)
+            return first(at_min), first(at_max)
 
         return replaced
 
@@ -546,8 +653,9 @@ def _gradients() -> Iterator[Backend]:
     yield Mutant("ties-to-the-last", _shares=to_first(reverse=True))
     yield Mutant("ties-not-divided", _shares=shares(lambda share: (share > 0) * 1.0, lambda share: (share > 0) * 1.0))
     yield Mutant("ties-at-the-maximum-not-divided", _shares=shares(same, lambda share: (share > 0) * 1.0))
-    yield Mutant("ties-count-excluded-twins", _participating=_quietly(_keep_excluded_values),
-                 _shares=_shares_with_twins)  # fmt: skip
+    yield Mutant(
+        "ties-count-excluded-twins", _participating=_quietly(_keep_excluded_values), _shares=_shares_with_twins
+    )
     yield Mutant("clamp-passes-at-zero", _shares=_clamp_at_zero(1.0))
     yield Mutant("clamp-passes-half-at-zero", _shares=_clamp_at_zero(0.5))
     yield Mutant("clamps-never-close", _shares=_unclamped_shares)
@@ -564,8 +672,18 @@ def _gradients() -> Iterator[Backend]:
             D, S = (g * a * p).sum(axis, keepdims=True), (g * p).sum(axis, keepdims=True)
             inverse = np.ones_like(R) if variant == "product" else unit / R
             edge = 0 if variant == "product" else (at_min * (D - S) - at_max * D) * inverse
-            terms = {"g": g, "p": p, "a": a, "D": D, "S": S, "inverse": inverse, "edge": edge, "at_min": at_min,
-                     "at_max": at_max, "variant": variant}  # fmt: skip
+            terms = {
+                "g": g,
+                "p": p,
+                "a": a,
+                "D": D,
+                "S": S,
+                "inverse": inverse,
+                "edge": edge,
+                "at_min": at_min,
+                "at_max": at_max,
+                "variant": variant,
+            }
             return np.where(on, change(**terms), 0).astype(z.dtype)
 
         return _quietly(replaced)
@@ -575,32 +693,63 @@ def _gradients() -> Iterator[Backend]:
     yield Mutant("factor-gradient-only", _vjp=vjp(lambda g, p, inverse, edge, **_: g * p * inverse + edge))
     yield Mutant("plain-softmax-gradient", _vjp=vjp(lambda g, p, S, **_: p * (g - S)))
     yield Mutant("factor-not-divided", _vjp=vjp(lambda g, p, a, D, edge, **_: p * (g * a - D) + g * p + edge))
-    yield Mutant("minimum-term-without-s", _vjp=vjp(
-        lambda g, p, a, D, inverse, at_min, at_max, variant, **_: p * (g * a - D)
-        + (g * p + (variant != "product") * (at_min - at_max) * D) * inverse))  # fmt: skip
-    yield Mutant("mean-of-g-instead-of-d", _vjp=vjp(
-        lambda g, p, a, S, inverse, edge, **_: p * (g * a - S * a) + g * p * inverse + edge))  # fmt: skip
+    yield Mutant(
+        "minimum-term-without-s",
+        _vjp=vjp(
+            lambda g, p, a, D, inverse, at_min, at_max, variant, **_: (
+                p * (g * a - D) + (g * p + (variant != "product") * (at_min - at_max) * D) * inverse
+            )
+        ),
+    )
+    yield Mutant(
+        "mean-of-g-instead-of-d",
+        _vjp=vjp(lambda g, p, a, S, inverse, edge, **_: p * (g * a - S * a) + g * p * inverse + edge),
+    )
     yield Mutant("zero-gradient", _vjp=lambda z, on, g, axis, variant: np.zeros_like(z))
     yield Mutant("gradient-transposed-sign", _vjp=lambda z, on, g, axis, variant: -_row_vjp(z, on, g, axis, variant))
     yield Mutant("zero-range-passes-the-softmax-gradient", _vjp=_quietly(_alive_at_zero_range(1.0)))
     yield Mutant("zero-range-gradient-is-nan", _vjp=_quietly(_alive_at_zero_range(np.nan)))
-    yield Mutant("gradient-leaks-to-excluded-entries", _vjp=_quietly(
-        lambda z, on, g, axis, variant: np.where(on, _row_vjp(z, on, g, axis, variant), np.nan_to_num(g) * 1e-3)
-        .astype(z.dtype)))  # fmt: skip
+    yield Mutant(
+        "gradient-leaks-to-excluded-entries",
+        _vjp=_quietly(
+            lambda z, on, g, axis, variant: np.where(
+                on, _row_vjp(z, on, g, axis, variant), np.nan_to_num(g) * 1e-3
+            ).astype(z.dtype)
+        ),
+    )
     yield Mutant("upstream-of-excluded-entries-counts", _vjp=_quietly(_upstream_not_selected))
-    yield Mutant("nan-rows-get-zero-gradient", _vjp=lambda z, on, g, axis, variant: np.nan_to_num(
-        _row_vjp(z, on, g, axis, variant)))  # fmt: skip
-    yield Mutant("gradient-overflows", _vjp=vjp(
-        lambda g, p, a, D, inverse, edge, **_: p * (g * a * 4 - D * 4) / 4 + g * p * inverse + edge))  # fmt: skip
+    yield Mutant(
+        "nan-rows-get-zero-gradient",
+        _vjp=lambda z, on, g, axis, variant: np.nan_to_num(_row_vjp(z, on, g, axis, variant)),
+    )
+    yield Mutant(
+        "gradient-overflows",
+        _vjp=vjp(lambda g, p, a, D, inverse, edge, **_: p * (g * a * 4 - D * 4) / 4 + g * p * inverse + edge),
+    )
     yield Mutant(
         "gradient-ignores-the-variant", _vjp=lambda z, on, g, axis, variant: _row_vjp(z, on, g, axis, "normalized")
     )
-    yield Wrapped("gradient-along-the-last-axis", lambda operation, arrays, options: (
-        arrays, options | {"axis": -1} if operation == "sa_softmax_vjp" else options))  # fmt: skip
-    yield Wrapped("gradient-without-mask", lambda operation, arrays, options: (
-        arrays, options | {"where": None} if operation == "sa_softmax_vjp" else options))  # fmt: skip
-    yield Wrapped("upstream-taken-as-ones", lambda operation, arrays, options: (
-        (arrays[0], np.ones_like(arrays[1])) if operation == "sa_softmax_vjp" else arrays, options))  # fmt: skip
+    yield Mutant(
+        "gradient-along-the-last-axis",
+        lambda operation, arrays, options: (
+            arrays,
+            options | {"axis": -1} if operation == "sa_softmax_vjp" else options,
+        ),
+    )
+    yield Mutant(
+        "gradient-without-mask",
+        lambda operation, arrays, options: (
+            arrays,
+            options | {"where": None} if operation == "sa_softmax_vjp" else options,
+        ),
+    )
+    yield Mutant(
+        "upstream-taken-as-ones",
+        lambda operation, arrays, options: (
+            (arrays[0], np.ones_like(arrays[1])) if operation == "sa_softmax_vjp" else arrays,
+            options,
+        ),
+    )
 
 
 def _shares_with_twins(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple[Array, Array]:
@@ -656,50 +805,93 @@ def _attention() -> Iterator[Backend]:
 
         return before
 
-    yield Wrapped("scale-forgotten", options_of(lambda d, tq, tk, **_: {"scale": 1.0}))
-    yield Wrapped("scale-is-one-over-d", options_of(
-        lambda d, tq, tk, scale, **_: {"scale": 1 / max(d, 1) if scale is None else scale}))  # fmt: skip
-    yield Wrapped("scale-zero-is-the-default", options_of(lambda d, tq, tk, scale, **_: {"scale": scale or None}))
-    yield Wrapped("scale-is-a-magnitude", options_of(
-        lambda d, tq, tk, scale, **_: {"scale": None if scale is None else abs(scale)}))  # fmt: skip
+    yield Mutant("scale-forgotten", options_of(lambda d, tq, tk, **_: {"scale": 1.0}))
+    yield Mutant(
+        "scale-is-one-over-d",
+        options_of(lambda d, tq, tk, scale, **_: {"scale": 1 / max(d, 1) if scale is None else scale}),
+    )
+    yield Mutant("scale-zero-is-the-default", options_of(lambda d, tq, tk, scale, **_: {"scale": scale or None}))
+    yield Mutant(
+        "scale-is-a-magnitude",
+        options_of(lambda d, tq, tk, scale, **_: {"scale": None if scale is None else abs(scale)}),
+    )
     yield Mutant("scale-times-bias", _scores=_scores_with_scaled_bias)
-    yield Wrapped("bias-ignored", options_of(lambda d, tq, tk, bias, **_: {
-        "bias": None if bias is None else np.zeros_like(bias)}))  # fmt: skip
+    yield Mutant(
+        "bias-ignored", options_of(lambda d, tq, tk, bias, **_: {"bias": None if bias is None else np.zeros_like(bias)})
+    )
     yield Mutant("bias-outside-the-factor", _scores=_remember_bias, _forward=_quietly(_factor_without_bias))
     yield Mutant("mask-is-an-additive-lowest-finite", _scores=_quietly(_scores_with_additive_mask))
-    yield Wrapped("mask-unused", options_of(lambda d, tq, tk, **_: {"mask": None}))
-    yield Wrapped("mask-of-queries-dropped", options_of(lambda d, tq, tk, mask, **_: {
-        "mask": mask if mask is None or mask.ndim < 2 else mask[..., -1:, :]}))  # fmt: skip
-    yield Wrapped("mask-or-causal", options_of(lambda d, tq, tk, mask, is_causal, **_: {
-        "mask": None if is_causal else mask}))  # fmt: skip
-    yield Wrapped("causal-unused", options_of(lambda d, tq, tk, **_: {"is_causal": False, "q_offset": 0}))
-    yield Wrapped("causal-off-by-one", options_of(
-        lambda d, tq, tk, is_causal, q_offset, **_: {"q_offset": q_offset - 1 if is_causal else 0}))  # fmt: skip
-    yield Wrapped("causal-always-lower-right", options_of(
-        lambda d, tq, tk, is_causal, **_: {"q_offset": tk - tq if is_causal else 0}))  # fmt: skip
-    yield Wrapped("offset-ignored", options_of(lambda d, tq, tk, **_: {"q_offset": 0}))
-    yield Wrapped("offset-negated", options_of(lambda d, tq, tk, q_offset, **_: {"q_offset": -q_offset}))
-    yield Wrapped("offset-never-negative", options_of(lambda d, tq, tk, q_offset, **_: {"q_offset": max(q_offset, 0)}))
-    yield Wrapped("one-query-sees-everything", options_of(lambda d, tq, tk, is_causal, q_offset, **_: {
-        "is_causal": is_causal and tq != 1, "q_offset": q_offset if tq != 1 else 0}))  # fmt: skip
-    yield Wrapped("heads-interleaved", _interleave_heads)
-    yield Wrapped("first-key-head-for-all", _first_head)
+    yield Mutant("mask-unused", options_of(lambda d, tq, tk, **_: {"mask": None}))
+    yield Mutant(
+        "mask-of-queries-dropped",
+        options_of(lambda d, tq, tk, mask, **_: {"mask": mask if mask is None or mask.ndim < 2 else mask[..., -1:, :]}),
+    )
+    yield Mutant(
+        "mask-or-causal", options_of(lambda d, tq, tk, mask, is_causal, **_: {"mask": None if is_causal else mask})
+    )
+    yield Mutant("causal-unused", options_of(lambda d, tq, tk, **_: {"is_causal": False, "q_offset": 0}))
+    yield Mutant(
+        "causal-off-by-one",
+        options_of(lambda d, tq, tk, is_causal, q_offset, **_: {"q_offset": q_offset - 1 if is_causal else 0}),
+    )
+    yield Mutant(
+        "causal-always-lower-right",
+        options_of(lambda d, tq, tk, is_causal, **_: {"q_offset": tk - tq if is_causal else 0}),
+    )
+    yield Mutant("offset-ignored", options_of(lambda d, tq, tk, **_: {"q_offset": 0}))
+    yield Mutant("offset-negated", options_of(lambda d, tq, tk, q_offset, **_: {"q_offset": -q_offset}))
+    yield Mutant("offset-never-negative", options_of(lambda d, tq, tk, q_offset, **_: {"q_offset": max(q_offset, 0)}))
+    yield Mutant(
+        "one-query-sees-everything",
+        options_of(
+            lambda d, tq, tk, is_causal, q_offset, **_: {
+                "is_causal": is_causal and tq != 1,
+                "q_offset": q_offset if tq != 1 else 0,
+            }
+        ),
+    )
+    yield Mutant("heads-interleaved", _interleave_heads)
+    yield Mutant("first-key-head-for-all", _first_head)
     yield Mutant("excluded-value-leaks-nan", _weigh=_quietly(lambda w, on, v: w @ v))
     yield Mutant("nan-values-are-dropped", _weigh=lambda w, on, v: w @ np.where(np.isfinite(v), v, 0))
-    yield Mutant("fully-masked-query-averages", _weigh=_quietly(lambda w, on, v: np.where(
-        on.any(-1, keepdims=True), _weigh(w, on, v), np.nan_to_num(v).mean(-2, keepdims=True) if v.size else 0)))  # fmt: skip
-    yield Mutant("attention-is-plain-softmax", _weigh=_quietly(
-        lambda w, on, v: _weigh(w / np.where(w.sum(-1, keepdims=True) == 0, 1, w.sum(-1, keepdims=True)), on, v)))  # fmt: skip
-    yield Mutant("scores-rounded-to-bfloat16", _scores=lambda *args: (
-        *_scores(*args)[:3], _round_to_bfloat16(_scores(*args)[3]), _scores(*args)[4]))  # fmt: skip
-    yield Wrapped("batch-axis-required", _need_batch)
-    yield Wrapped("more-than-one-batch-axis-raises", _refuse_two_batch_axes)
-    yield Wrapped("value-width-of-the-query", after=lambda operation, result, arrays: (
-        result[..., : arrays[0].shape[-1]] if operation == "sa_attention" else result))  # fmt: skip
-    yield Wrapped("heads-recycled", _recycle_heads)
-    yield Mutant("attention-rows-share-extrema", _extrema=lambda z, on, axis: (
-        _extrema(z, on, axis) if z.ndim < 3 else (
-            np.broadcast_to(_extrema(z, on, (-2, -1))[0], _extrema(z, on, axis)[0].shape), _extrema(z, on, axis)[1])))  # fmt: skip
+    yield Mutant(
+        "fully-masked-query-averages",
+        _weigh=_quietly(
+            lambda w, on, v: np.where(
+                on.any(-1, keepdims=True), _weigh(w, on, v), np.nan_to_num(v).mean(-2, keepdims=True) if v.size else 0
+            )
+        ),
+    )
+    yield Mutant(
+        "attention-is-plain-softmax",
+        _weigh=_quietly(
+            lambda w, on, v: _weigh(w / np.where(w.sum(-1, keepdims=True) == 0, 1, w.sum(-1, keepdims=True)), on, v)
+        ),
+    )
+    yield Mutant(
+        "scores-rounded-to-bfloat16",
+        _scores=lambda *args: (*_scores(*args)[:3], _round_to_bfloat16(_scores(*args)[3]), _scores(*args)[4]),
+    )
+    yield Mutant("batch-axis-required", _need_batch)
+    yield Mutant("more-than-one-batch-axis-raises", _refuse_two_batch_axes)
+    yield Mutant(
+        "value-width-of-the-query",
+        after=lambda operation, result, arrays: (
+            result[..., : arrays[0].shape[-1]] if operation == "sa_attention" else result
+        ),
+    )
+    yield Mutant("heads-recycled", _recycle_heads)
+    yield Mutant(
+        "attention-rows-share-extrema",
+        _extrema=lambda z, on, axis: (
+            _extrema(z, on, axis)
+            if z.ndim < 3
+            else (
+                np.broadcast_to(_extrema(z, on, (-2, -1))[0], _extrema(z, on, axis)[0].shape),
+                _extrema(z, on, axis)[1],
+            )
+        ),
+    )
 
 
 def _scores_with_scaled_bias(q: Array, k: Array, v: Array, bias: Array | None, *rest: Any) -> Any:
@@ -793,31 +985,61 @@ def _attention_gradients() -> Iterator[Backend]:
     def scaled(array: Array, factor: float) -> Array:
         return (array.astype(np.float64) * factor).astype(array.dtype)
 
-    yield Wrapped("dq-without-scale", after=gradients(lambda dq, dk, dv, db, arrays: (
-        scaled(dq, arrays[0].shape[-1] ** 0.5), dk, dv, db)))  # fmt: skip
-    yield Wrapped("dk-without-scale", after=gradients(lambda dq, dk, dv, db, arrays: (
-        dq, scaled(dk, arrays[0].shape[-1] ** 0.5), dv, db)))  # fmt: skip
-    yield Wrapped("dbias-times-scale", after=gradients(lambda dq, dk, dv, db, arrays: (
-        dq, dk, dv, None if db is None else scaled(db, arrays[0].shape[-1] ** -0.5))))  # fmt: skip
-    yield Wrapped("dbias-missing", after=gradients(lambda dq, dk, dv, db, arrays: (dq, dk, dv, None)))
-    yield Wrapped("dbias-in-the-dtype-of-q", after=gradients(lambda dq, dk, dv, db, arrays: (
-        dq, dk, dv, None if db is None else db.astype(dq.dtype))))  # fmt: skip
-    yield Wrapped("dbias-of-nothing", after=gradients(lambda dq, dk, dv, db, arrays: (
-        dq, dk, dv, np.zeros_like(dq) if db is None else db)))  # fmt: skip
-    yield Mutant("dbias-averaged", _sum_to=lambda dx, shape: (
-        _sum_to(dx, shape) / max(dx.size / max(int(np.prod(shape)), 1), 1)))  # fmt: skip
-    yield Mutant("dbias-not-summed-over-the-batch", _sum_to=lambda dx, shape: (
-        _sum_to(dx[:1] if dx.ndim > len(shape) else dx, shape)))  # fmt: skip
-    yield Mutant("dk-of-the-first-head-of-a-group", _sum_groups=lambda dk, k: dk[
-        ..., :: max(dk.shape[-3] // max(k.shape[-3], 1), 1), :, :])  # fmt: skip
-    yield Mutant("dk-averaged-over-the-group", _sum_groups=lambda dk, k: (
-        _sum_groups(dk, k) / (dk.shape[-3] // max(k.shape[-3], 1))))  # fmt: skip
-    yield Mutant("groups-summed-interleaved", _sum_groups=lambda dk, k: dk.reshape(
-        *dk.shape[:-3], dk.shape[-3] // k.shape[-3], k.shape[-3], *dk.shape[-2:]).sum(-4))  # fmt: skip
-    yield Mutant("excluded-key-leaks-nan-into-dq", _finite=lambda v: v, _weigh=lambda w, on, v: (
-        _weigh(w, on, np.where(on.any(-2)[..., None], v, 0))))  # fmt: skip
-    yield Mutant("gradient-of-attention-without-extremal-terms", _vjp=lambda z, on, g, axis, variant: (
-        _row_vjp(z, on, g, axis, variant) if z.ndim < 3 else _without_edges(z, on, g, axis, variant)))  # fmt: skip
+    yield Mutant(
+        "dq-without-scale",
+        after=gradients(lambda dq, dk, dv, db, arrays: (scaled(dq, arrays[0].shape[-1] ** 0.5), dk, dv, db)),
+    )
+    yield Mutant(
+        "dk-without-scale",
+        after=gradients(lambda dq, dk, dv, db, arrays: (dq, scaled(dk, arrays[0].shape[-1] ** 0.5), dv, db)),
+    )
+    yield Mutant(
+        "dbias-times-scale",
+        after=gradients(
+            lambda dq, dk, dv, db, arrays: (dq, dk, dv, None if db is None else scaled(db, arrays[0].shape[-1] ** -0.5))
+        ),
+    )
+    yield Mutant("dbias-missing", after=gradients(lambda dq, dk, dv, db, arrays: (dq, dk, dv, None)))
+    yield Mutant(
+        "dbias-in-the-dtype-of-q",
+        after=gradients(lambda dq, dk, dv, db, arrays: (dq, dk, dv, None if db is None else db.astype(dq.dtype))),
+    )
+    yield Mutant(
+        "dbias-of-nothing",
+        after=gradients(lambda dq, dk, dv, db, arrays: (dq, dk, dv, np.zeros_like(dq) if db is None else db)),
+    )
+    yield Mutant(
+        "dbias-averaged", _sum_to=lambda dx, shape: _sum_to(dx, shape) / max(dx.size / max(int(np.prod(shape)), 1), 1)
+    )
+    yield Mutant(
+        "dbias-not-summed-over-the-batch",
+        _sum_to=lambda dx, shape: _sum_to(dx[:1] if dx.ndim > len(shape) else dx, shape),
+    )
+    yield Mutant(
+        "dk-of-the-first-head-of-a-group",
+        _sum_groups=lambda dk, k: dk[..., :: max(dk.shape[-3] // max(k.shape[-3], 1), 1), :, :],
+    )
+    yield Mutant(
+        "dk-averaged-over-the-group",
+        _sum_groups=lambda dk, k: _sum_groups(dk, k) / (dk.shape[-3] // max(k.shape[-3], 1)),
+    )
+    yield Mutant(
+        "groups-summed-interleaved",
+        _sum_groups=lambda dk, k: dk.reshape(
+            *dk.shape[:-3], dk.shape[-3] // k.shape[-3], k.shape[-3], *dk.shape[-2:]
+        ).sum(-4),
+    )
+    yield Mutant(
+        "excluded-key-leaks-nan-into-dq",
+        _finite=lambda v: v,
+        _weigh=lambda w, on, v: _weigh(w, on, np.where(on.any(-2)[..., None], v, 0)),
+    )
+    yield Mutant(
+        "gradient-of-attention-without-extremal-terms",
+        _vjp=lambda z, on, g, axis, variant: (
+            _row_vjp(z, on, g, axis, variant) if z.ndim < 3 else _without_edges(z, on, g, axis, variant)
+        ),
+    )
     yield _ValueGradientOfSoftmax("dv-of-plain-softmax")
     yield _SwappedGradients("dq-and-dk-swapped")
 

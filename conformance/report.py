@@ -1,9 +1,10 @@
 """Reports that a person can read: progress while a run goes on, a table of one run, a matrix of several."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from rich.table import Table
 
 from sa_softmax.conformance.cases import Case, cases
@@ -14,24 +15,9 @@ __all__ = ["matrix", "print_report", "progress"]
 _SHOWN_FAILURES = 20
 
 
-def progress(title: str, console: Console) -> "Progression":
+def progress(title: str, console: Console) -> Callable[[list[Case]], Iterable[Case]]:
     """What to pass as ``progress`` to :func:`sa_softmax.conformance.run` for a bar on ``console``."""
-    return Progression(title, console)
-
-
-class Progression:
-    """Iterates over cases and shows how far it is."""
-
-    def __init__(self, title: str, console: Console) -> None:
-        self.title, self.console = title, console
-
-    def __call__(self, items: list[Case]) -> Iterator[Case]:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(self.title, total=len(items))
-            for item in items:
-                yield item
-                bar.advance(task)
+    return partial(track, description=title, console=console, transient=True)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -66,7 +52,7 @@ def print_report(report: Report, console: Console) -> None:
 def matrix(reports: Sequence[Report]) -> Table:
     """Backends against groups of cases: what passed, with the largest error in units of its bound."""
     table = Table(title="Conformance: cases passed / cases run, and the largest error in units of its bound")
-    table.add_column("group")
+    table.add_column("group", no_wrap=True)
     for report in reports:
         table.add_column(f"{report.backend}\n[dim]{report.version}[/]", justify="right")
     for group in _groups():
@@ -78,7 +64,7 @@ def matrix(reports: Sequence[Report]) -> Table:
 
 def _table(report: Report) -> Table:
     table = Table(title=f"{report.backend} ({report.version}, {report.implementation}) on {report.device}")
-    table.add_column("group")
+    table.add_column("group", no_wrap=True)
     for title in ("passed", "failed", "expected", "skipped", "worst forward", "worst gradient"):
         table.add_column(title, justify="right")
     for group in _groups():

@@ -1,6 +1,7 @@
 """The command line: ``sa-softmax`` or ``python -m sa_softmax``."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,11 @@ def main() -> None:
     _app()()
 
 
-def _app():  # type: ignore[no-untyped-def]  # typer is imported late, and its types with it
+def _app() -> Callable[[], None]:
+    """The application, made late: its libraries are an extra."""
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from sa_softmax import backends as registry
@@ -38,11 +41,10 @@ def _app():  # type: ignore[no-untyped-def]  # typer is imported late, and its t
         for title in ("backend", "installed", "implementation", "devices", "dtypes"):
             table.add_column(title)
         for entry in registry.REGISTRY:
-            try:
-                adapter = entry.adapter()
-            except ImportError as error:
-                table.add_row(entry.name, f"[dim]{str(error).partition(': ')[2].replace('[', chr(92) + '[')}[/]")
+            if not entry.installed():
+                table.add_row(entry.name, escape(f"no: {entry.install()}"))
                 continue
+            adapter = entry.adapter()
             dtypes = ", ".join(adapter.dtypes)
             table.add_row(entry.name, adapter.version, adapter.implementation, ", ".join(adapter.devices), dtypes)
         console.print(table)
