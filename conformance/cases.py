@@ -3,22 +3,25 @@
 A case id reads group/name/dtype/variant/part, for example ``row.length/n=17/float32/normalized/vjp``.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends.protocol import Backend
-from sa_softmax.conformance import golden
+from sa_softmax.conformance import derived, golden
+from sa_softmax.conformance.derived import Derived
 from sa_softmax.conformance.golden import Expected, Record
 
 __all__ = ["Case", "Mismatch", "cases", "compare"]
 
 Array = np.ndarray[Any, Any]
-Layout = Callable[[Array], Array]
+Layout = Callable[[str, Array], Array]
 
 
 class Mismatch(Exception):
@@ -47,7 +50,7 @@ class Case:
 @cache
 def cases() -> tuple[Case, ...]:
     """Every case of the suite, in a fixed order."""
-    return (*_golden_cases(), *_layout_cases(), *_independence_cases(), *_error_cases())
+    return (*_golden_cases(), *_derived_cases(), *_layout_cases(), *_independence_cases(), *_error_cases())
 
 
 def compare(name: str, got: Any, expected: Expected) -> float:
@@ -105,7 +108,9 @@ _ONLY_VARIANT = {
 _ONLY_VJP = {"G1", "G2", "G3", "G4", "G5", "G7", "G8", "A7", "A8"}
 
 
-def _cases_of(record: Record, id: str, clauses: tuple[str, ...], check: Callable[..., float]) -> Iterator[Case]:
+def _cases_of(
+    record: Record | Derived, id: str, clauses: tuple[str, ...], check: Callable[..., float]
+) -> Iterator[Case]:
     """The cases that run ``check(record, variant, operation, outputs, backend, device)``."""
     for variant in VARIANTS:
         for part, (operation, outputs) in _PARTS[record.is_attention].items():
@@ -127,6 +132,17 @@ def _check_golden(
     return _worst(record, variant, outputs, results)
 
 
+def _derived_cases() -> Iterator[Case]:
+    for record in (*derived.row_records(), *derived.attention_records()):
+        yield from _cases_of(record, f"{record.id}/{record.dtype}", record.clauses, _check_derived)
+
+
+def _check_derived(
+    record: Derived, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
+) -> float:
+    return _check_golden(record.make(), variant, operation, outputs, backend, device)
+
+
 def _worst(record: Record, variant: str, outputs: tuple[str, ...], results: tuple[Any, ...]) -> float:
     if len(results) != len(outputs):
         raise Mismatch(f"must return {len(outputs)} arrays ({', '.join(outputs)}); got {len(results)}")
@@ -134,9 +150,24 @@ def _worst(record: Record, variant: str, outputs: tuple[str, ...], results: tupl
     for name, got in zip(outputs, results, strict=True):
         if name in record.outputs():
             worst = max(worst, compare(name, got, record.expected(name, variant)))
+        elif name == "dk" and "dk_sum" in record.outputs():
+            worst = max(worst, _compare_sum(got, record, variant))
         elif name == "dbias" and "bias" not in record.inputs and got is not None:
             raise Mismatch("dbias must be None where no bias is given")
     return worst
+
+
+def _compare_sum(dk: Any, record: Record, variant: str) -> float:
+    """Compare dk by its sum over the keys, which does not depend on how ties share (A8)."""
+    k, expected = record.inputs["k"], record.expected("dk_sum", variant)
+    compare("dk", dk, Expected(np.zeros(k.shape), np.full(k.shape, np.inf), expected.dtype))
+    value = dk.astype(np.float64)
+    rounding = float(ml_dtypes.finfo(expected.dtype).eps) / 2 * abs(value).sum(-2, keepdims=True)
+    return compare(
+        "dk summed over the keys",
+        value.sum(-2, keepdims=True),
+        Expected(expected.value, expected.bound + rounding, np.dtype(np.float64)),
+    )
 
 
 def call(
@@ -145,12 +176,12 @@ def call(
     record: Record,
     variant: str,
     device: str,
-    layout: Layout = np.copy,
+    layout: Layout = lambda name, array: array.copy(),
 ) -> tuple[Any, ...]:
     """Call one operation of ``backend`` on a record's inputs, laid out by ``layout``; inputs must stay as they are."""
     index = record.inputs.get("index")
     values = {
-        name: layout(array if index is None or name == "where" else array[index])
+        name: layout(name, array if index is None or name == "where" else array[index])
         for name, array in record.inputs.items()
         if name != "index"
     }
@@ -183,15 +214,16 @@ def _transposed(x: Array) -> Array:
 
 
 def _sliced(x: Array) -> Array:
-    """Every second column of every second row; what lies between is NaN."""
-    room = np.full((2 * x.shape[0], 2 * x.shape[1] + 1), np.nan, x.dtype)
-    view = room[::2, 1::2]
+    """Every second entry along every axis; what lies between is NaN, or true."""
+    room = np.full([2 * n + 1 for n in x.shape], np.nan, x.dtype)
+    view = room[(slice(0, -1, 2),) * (x.ndim - 1) + (slice(1, None, 2),)]
     view[...] = x
     return view
 
 
 def _reversed(x: Array) -> Array:
-    return np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1]
+    backwards = (slice(None, None, -1),) * x.ndim
+    return np.ascontiguousarray(x[backwards])[backwards]
 
 
 def _shifted(x: Array) -> Array:
@@ -201,21 +233,52 @@ def _shifted(x: Array) -> Array:
     return view
 
 
-def _broadcast(x: Array) -> Array:
-    return np.broadcast_to(x[0].copy(), x.shape)
+def _middle_sliced(x: Array) -> Array:
+    """Axes that no single stride collapses."""
+    room = np.full((*x.shape[:-2], 2 * x.shape[-2] + 1, x.shape[-1]), np.nan, x.dtype)
+    view = room[..., :-1:2, :]
+    view[...] = x
+    return view
+
+
+def _heads_last(x: Array) -> Array:
+    """(..., length, heads, dimension) in memory, as projections leave it."""
+    return np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else _transposed(x)
+
+
+def _of(**layouts: Callable[[Array], Array]) -> Layout:
+    """A layout for each name; ``rest`` for the others, contiguous by default."""
+    rest = layouts.get("rest", np.copy)
+    return lambda name, array: layouts.get(name, rest)(array)
 
 
 def _layout_cases() -> Iterator[Case]:
+    everything = {"transposed": _transposed, "sliced": _sliced, "reversed": _reversed, "shifted": _shifted}
     layouts: dict[str, dict[str, Layout]] = {
-        "base": {"transposed": _transposed, "sliced": _sliced, "reversed": _reversed, "shifted": _shifted},
-        "same-rows": {"broadcast": _broadcast},
+        "row.layout/base": {name: _of(rest=layout) for name, layout in everything.items()}
+        | {"transposed-x": _of(x=_transposed), "transposed-g": _of(g=_transposed)},
+        "row.layout/same-rows": {"broadcast": _of(rest=lambda x: np.broadcast_to(x[0].copy(), x.shape))},
+        "row.where/full": {
+            "middle-sliced": _of(rest=_middle_sliced),
+            "where-transposed": _of(where=_transposed),
+            "where-sliced": _of(where=_sliced),
+            "where-reversed": _of(where=_reversed),
+        },
+        "row.where/last-two": {"where-broadcast": _of(where=lambda w: np.broadcast_to(w, (3, *w.shape)))},
+        "row.where/per-row": {"where-broadcast-along-rows": _of(where=lambda w: np.broadcast_to(w, (4, 9)))},
+        "attention.heads/6-over-2-bias-mask-causal": {name: _of(rest=layout) for name, layout in everything.items()}
+        | {
+            "heads-last": _of(rest=_heads_last),
+            "mixed": _of(q=_heads_last, k=_transposed, v=_sliced, do=_reversed, bias=_shifted),
+            "heads-last-do": _of(do=_heads_last),
+        },
+        "attention.mask/right-padding": {"mask-broadcast": _of(mask=lambda m: np.broadcast_to(m, (2, 2, 5, 7)))},
+        "attention.shape/no-batch": {"broadcast": _of(rest=lambda x: np.broadcast_to(x, (3, *x.shape)))},
     }
     for record in golden.records():
-        group, name, *_ = record.id.split("/")
-        if group == "row.layout":
-            for layout_name, layout in layouts[name].items():
-                id = f"{group}/{layout_name}/{record.dtype}"
-                yield from _cases_of(record, id, ("R6",), partial(_check_layout, layout))
+        group = record.id.partition(".")[0] + ".layout"
+        for name, layout in layouts.get(record.id.rpartition("/")[0], {}).items():
+            yield from _cases_of(record, f"{group}/{name}/{record.dtype}", ("R6",), partial(_check_layout, layout))
 
 
 def _check_layout(
@@ -228,9 +291,15 @@ def _check_layout(
     device: str,
 ) -> float:
     results = call(backend, operation, record, variant, device, layout)
-    if getattr(backend, "bitwise_rows", False):
+    if getattr(backend, "bitwise_rows", False) and not record.is_attention:
         _same_bits(results, call(backend, operation, record, variant, device))
+    if record.is_attention and results[0].ndim > record.inputs["q"].ndim:  # each batch entry is the record
+        return max(_worst(record, variant, outputs, _entry(results, i)) for i in range(len(results[0])))
     return _worst(record, variant, outputs, results)
+
+
+def _entry(results: tuple[Any, ...], i: int) -> tuple[Any, ...]:
+    return tuple(None if array is None else array[i] for array in results)
 
 
 # Independence: a row's result depends on that row alone (R1).
@@ -239,44 +308,49 @@ def _check_layout(
 def _independence_cases() -> Iterator[Case]:
     checks = {"alone": _check_alone, "moved": _check_moved, "beside-nan": _check_beside_nan, "kept": _check_kept}
     for record in golden.records():
-        if record.id.startswith("row.independence/"):
+        of = record.id.rpartition("/")[0]
+        group = record.id.partition(".")[0] + ".independence"
+        if of in ("row.independence/base", "attention.shape/5x7"):
             for name, check in checks.items():
-                yield from _cases_of(record, f"row.independence/{name}/{record.dtype}", ("R1",), check)
-
-
-def _row(x: Array, i: int) -> Array:
-    return x[i : i + 1].copy()
+                yield from _cases_of(record, f"{group}/{name}/{record.dtype}", ("R1",), check)
+        if of in ("row.where/full", "attention.mask/per-batch-queries-and-keys"):
+            yield from _cases_of(record, f"{group}/kept-masked/{record.dtype}", ("R1",), _check_kept)
 
 
 def _check_alone(
     record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
-    (batch,) = call(backend, operation, record, variant, device)
-    rows = [call(backend, operation, record, variant, device, partial(_row, i=i))[0] for i in range(len(batch))]
-    return _check_rows(record, variant, outputs, backend, np.concatenate(rows), batch)
+    batch = call(backend, operation, record, variant, device)
+    rows = [
+        call(backend, operation, record, variant, device, lambda name, x, i=i: x[i : i + 1].copy())
+        for i in range(len(batch[0]))
+    ]
+    return _check_rows(record, variant, outputs, backend, _together(rows), batch)
 
 
 def _check_moved(
     record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
-    (batch,) = call(backend, operation, record, variant, device)
-    (moved,) = call(backend, operation, record, variant, device, lambda x: np.concatenate([x[1:], x[:1]]))
-    return _check_rows(record, variant, outputs, backend, np.concatenate([moved[-1:], moved[:-1]]), batch)
+    batch = call(backend, operation, record, variant, device)
+    moved = call(backend, operation, record, variant, device, lambda name, x: np.roll(x, -1, 0))
+    rows = tuple(None if array is None else np.roll(array, 1, 0) for array in moved)
+    return _check_rows(record, variant, outputs, backend, rows, batch)
 
 
 def _check_beside_nan(
     record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
-    def beside_nan(x: Array, i: int) -> Array:
+    def beside_nan(name: str, x: Array, i: int) -> Array:
         lonely = np.full_like(x, np.nan)
         lonely[i] = x[i]
         return lonely
 
-    (batch,) = call(backend, operation, record, variant, device)
-    rows = [
-        call(backend, operation, record, variant, device, partial(beside_nan, i=i))[0][i] for i in range(len(batch))
-    ]
-    return _check_rows(record, variant, outputs, backend, np.stack(rows), batch)
+    batch = call(backend, operation, record, variant, device)
+    rows = []
+    for i in range(len(batch[0])):
+        results = call(backend, operation, record, variant, device, partial(beside_nan, i=i))
+        rows.append(tuple(None if array is None else array[i : i + 1] for array in results))
+    return _check_rows(record, variant, outputs, backend, _together(rows), batch)
 
 
 def _check_kept(
@@ -284,16 +358,25 @@ def _check_kept(
 ) -> float:
     """A later call on other values leaves an earlier result alone."""
     results = call(backend, operation, record, variant, device)
-    call(backend, operation, record, variant, device, lambda x: -x)
+    call(backend, operation, record, variant, device, lambda name, x: x[::-1] if x.dtype == bool else -x[::-1])
     return _worst(record, variant, outputs, results)
 
 
+def _together(rows: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(None if parts[0] is None else np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+
 def _check_rows(
-    record: Record, variant: str, outputs: tuple[str, ...], backend: Backend, rows: Array, batch: Array
+    record: Record,
+    variant: str,
+    outputs: tuple[str, ...],
+    backend: Backend,
+    rows: tuple[Any, ...],
+    batch: tuple[Any, ...],
 ) -> float:
-    if getattr(backend, "bitwise_rows", False):
-        _same_bits((rows,), (batch,))
-    return _worst(record, variant, outputs, (rows,))
+    if getattr(backend, "bitwise_rows", False) and not record.is_attention:
+        _same_bits(rows, batch)
+    return _worst(record, variant, outputs, rows)
 
 
 def _same_bits(got: tuple[Array, ...], expected: tuple[Array, ...]) -> None:
@@ -310,11 +393,24 @@ def _error_cases() -> Iterator[Case]:
     q = np.linspace(-1, 1, 48, dtype=np.float32).reshape(4, 3, 4)
     row = {"axis": -1, "variant": "normalized", "where": None}
     heads = {"variant": "normalized", "bias": None, "mask": None, "is_causal": False, "q_offset": 0, "scale": None}
-    for kind in ("int32", "uint8", "bool", "complex64"):
-        yield Case(
-            f"row.errors/{kind}", ("D4",), "sa_softmax", "float32",
-            partial(_check_error, "sa_softmax", (x.astype(kind),), row, kind.rstrip("0123456789").removeprefix("u")),
-        )  # fmt: skip
+    for kind in ("int8", "int32", "int64", "uint8", "bool", "complex64", "complex128"):
+        # A framework may narrow 64 bits on the way in, and not know complex128 at all.
+        word = None if kind == "complex128" else kind.rstrip("0123456789")
+        for operation, name, arrays, options, named in (
+            ("sa_softmax", "row.errors/", (x,), row, word),
+            ("sa_attention", "attention.errors/", (q, q, q), heads, word),
+            ("sa_softmax_vjp", "row.errors/vjp-", (x, x), row, None),  # automatic differentiation may refuse it first
+        ):
+            given = tuple(array.astype(kind) for array in arrays)
+            check = partial(_check_error, operation, given, options, named)
+            yield Case(f"{name}{kind}", ("D4",), operation, "float32", check)
+    for operation, name, arrays, options in (
+        ("sa_softmax_vjp", "row.errors/vjp-unknown-variant", (x, x), row),
+        ("sa_attention", "attention.errors/unknown-variant", (q, q, q), heads),
+        ("sa_attention_vjp", "attention.errors/vjp-unknown-variant", (q, q, q, q), heads),
+    ):
+        check = partial(_check_error, operation, arrays, options | {"variant": "plain"}, None)
+        yield Case(name, ("R4",), operation, "float32", check)
     wrong_rows: dict[str, tuple[Array, dict[str, Any], str]] = {
         "0-d": (x[0, 0].reshape(()), {}, "R5"),
         "axis-too-large": (x, {"axis": 2}, "R5"),
@@ -330,11 +426,14 @@ def _error_cases() -> Iterator[Case]:
     wrong_heads: dict[str, tuple[tuple[Array, ...], dict[str, Any], str]] = {
         "heads-do-not-divide": ((q, q[:3], q[:3]), {}, "A3"),
         "more-key-heads": ((q[:2], q, q), {}, "A3"),
+        "key-and-value-heads-differ": ((q, q[:2], q), {}, "A3"),
         "d-differs": ((q, q[..., :3], q), {}, "A9"),
         "lengths-differ": ((q, q[:, :2], q), {}, "A9"),
         "mask-not-boolean": ((q, q, q), {"mask": np.zeros((3, 3), np.float32)}, "M1"),
         "mask-shape": ((q, q, q), {"mask": np.ones((3, 4), bool)}, "M1"),
+        "mask-broadcasts-scores": ((q, q, q), {"mask": np.ones((2, 4, 3, 3), bool)}, "M1"),
         "bias-shape": ((q, q, q), {"bias": np.ones((3, 3, 3), np.float32)}, "A2"),
+        "bias-broadcasts-scores": ((q, q, q), {"bias": np.ones((2, 4, 3, 3), np.float32)}, "A2"),
     }
     for name, (arrays, options, clause) in wrong_heads.items():
         check = partial(_check_error, "sa_attention", arrays, heads | options, None)
@@ -347,7 +446,8 @@ def _check_error(
     try:
         getattr(backend, operation)(*arrays, device=device, **options)
     except Exception as error:
-        if dtype is not None and not (isinstance(error, TypeError) and dtype in str(error)):
+        # As a word: "floating point" names no int.
+        if dtype is not None and not (isinstance(error, TypeError) and re.search(rf"\b{dtype}", str(error))):
             raise Mismatch(f"must raise a TypeError that names {dtype}; got {error!r}") from error
         return 0.0
     raise Mismatch("must raise an error; got a result")

@@ -116,6 +116,7 @@ def _attention(case: AttentionInput) -> tuple[dict[str, Any], dict[str, Array], 
             *(oracle.exact(array) for array in arrays.values()),
             variant=variant, bias=bias, keep=keep, scale=scale, tiny=tiny, weight_roundings=rounding,
         )._asdict()  # fmt: skip
+        truth["dk_sum"] = tuple(part.sum(-2, keepdims=True) for part in truth["dk"])
         for name in outputs:
             stacked[name].append(truth[name][0])
             stacked[f"{name}_scale"].append(truth[name][1])

@@ -66,7 +66,9 @@ class RowInput:
 
 @dataclass(frozen=True)
 class AttentionInput:
-    """Input of attention. ``compare`` names the outputs that are determined (ties leave some of them open, A8)."""
+    """Input of attention. ``compare`` names the outputs that are determined (ties leave some of them open, A8);
+    ``dk_sum`` is dk summed over the keys.
+    """
 
     name: str
     dtype: str
@@ -140,14 +142,16 @@ def _lengths(dtype: str) -> Iterator[RowInput]:
             x[1] = -abs(x[1])
             yield RowInput(name, dtype, clauses, x, draw.bell(2, n))
             continue
-        # 61 common values a row, and two that occur once: the maximum at the front, the minimum in the last place,
-        # where a kernel that forgets its tail misses it.
+        # 61 common values a row, and two that occur once: the maximum at the front and the minimum in the last place,
+        # where a kernel that forgets its tail misses it; in the second row both inside, where one that merges its
+        # first and last blocks only does.
         x = draw.bell(2, 63, scale=2.0)
         x[:, 61], x[:, 62] = 10, -10
         x[1] = -abs(x[1])
         x[1, 61] = -0.0078125
         index = Draw(name, dtype).choice(61, 2, n)  # one for all dtypes: it is the bulk of the data
-        index[:, 0], index[:, -1] = 61, 62
+        index[0, 0], index[0, -1] = 61, 62
+        index[1, n // 2], index[1, n // 3] = 61, 62
         index[1] += 63
         yield RowInput(name, dtype, clauses, x.reshape(-1), draw.bell(126), index=index)
 
@@ -202,7 +206,7 @@ def _corners(dtype: str) -> Iterator[RowInput]:
         "one-zero": (spread(p4=0.0), only(4), ("C1", "C4", "G5")),
         "one-positive-rest-minus-inf": ([-inf] * 8 + [1.5], everyone, ("C4", "R2")),
         "one-negative-rest-minus-inf": ([-1.5] + [-inf] * 8, everyone, ("C4", "R2")),
-        "some-minus-inf": (spread(p0=-inf, p3=-inf, p8=-inf), everyone, ("R2", "G5")),
+        "some-minus-inf": (spread(p0=-inf, p3=-inf, p8=-inf), everyone, ("R2", "C5", "G5")),
         "minus-inf-and-negative": ([-inf, *negative[1:]], everyone, ("R2", "C3")),
         "excluded-nan": (spread(p1=nan, p7=nan), ~only(1, 7), ("C5",)),
         "excluded-plus-inf": (spread(p0=inf, p8=inf), ~only(0, 8), ("C5",)),
@@ -236,11 +240,16 @@ def _corners(dtype: str) -> Iterator[RowInput]:
         x = np.array([row, spread()], numpy_dtype(dtype))
         where = None if on.all() else np.array([on, everyone])
         # An upstream gradient within [-1, 1] keeps g x finite beside the largest values (G8).
-        yield RowInput(name, dtype, ("R3", "R4", *clauses), x, draw.flat(2, n), where)
-    for shape in ((3, 0), (0, 5), (0, 0), (2, 0, 3)):
+        g = draw.flat(2, n)
+        if corner == "some-minus-inf":  # excluded without a mask, g is garbage there all the same
+            g[0, [0, 3, 8]] = nan, inf, -inf
+        yield RowInput(name, dtype, ("R3", "R4", *clauses), x, g, where)
+    for shape in ((0,), (3, 0), (0, 5), (0, 0), (2, 0, 3)):
         name = f"row.corner/shape={'x'.join(map(str, shape))}"
         empty = np.zeros(shape, numpy_dtype(dtype))
-        yield RowInput(name, dtype, ("R3", "R4", "R5", "C2"), empty, empty, axis=1)
+        where = np.ones(shape[-1:], bool) if shape in ((3, 0), (0, 5)) else None
+        axis = 1 if len(shape) == 2 else 0 if len(shape) == 1 else -1
+        yield RowInput(name, dtype, ("R3", "R4", "R5", "C2"), empty, empty, where, axis=axis)
 
 
 def _ties(dtype: str) -> Iterator[RowInput]:
@@ -311,7 +320,6 @@ def _axes(dtype: str) -> Iterator[RowInput]:
             (2, 1, 3, 2, 2, 3),
             (1, 40),
             (40, 1),
-            (17, 33),
         )
     for shape in shapes:
         for axis in range(-len(shape), len(shape)):
@@ -366,6 +374,7 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
         return AttentionInput(f"attention.{name}", dtype, clauses, q, k, v, do, bias, mask, fields, compare)
 
     base = ("A1", "A7", "A9", "A10")
+    some_of_three = np.array([1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0], bool).reshape(1, 1, 3, 1, 2, 3)
     yield make("shape/5x7", *base)
     yield make("shape/one-query", *base, t=(1, 7))
     yield make("shape/one-key", *base, t=(5, 1))
@@ -386,6 +395,15 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("shape/no-queries", *base, t=(0, 7))
     yield make("shape/no-keys", *base, "A5", t=(5, 0))
     yield make("shape/no-batch-entries", *base, batch=(0,))
+    yield make("shape/2x1x3-batches", *base, "A2", "A3", "M1", batch=(2, 1, 3), heads=(2, 1), t=(2, 3), d=(2, 1),
+               bias=lambda draw: draw.bell(2, 1, 1, 2, 1, 3), mask=some_of_three)  # fmt: skip
+    if dtype == "float32":
+        yield make("shape/dv=0", *base, t=(2, 3), d=(2, 0), batch=())
+        yield make("shape/d=0", *base, t=(2, 3), d=(0, 2), batch=(), scale=1.0, bias=lambda draw: draw.bell(2, 1, 3))
+        yield make("shape/no-keys-under-mask-and-bias", *base, "A2", "A5", t=(3, 0), is_causal=True,
+                   mask=np.ones((2, 1, 3, 1), bool), bias=lambda draw: draw.bell(2, 1, 1))  # fmt: skip
+        yield make("shape/no-queries-under-mask-and-bias", *base, "A2", "A5", t=(0, 4), is_causal=True,
+                   mask=np.ones((2, 1, 1, 4), bool), bias=lambda draw: draw.bell(1, 4))  # fmt: skip
 
     yield make("heads/4-over-2", "A3", heads=(4, 2), t=(3, 5))
     yield make("heads/4-over-1", "A3", heads=(4, 1), t=(3, 5))
@@ -393,6 +411,9 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("heads/6-over-2-bias-mask-causal", "A2", "A3", "A4", "A5", heads=(6, 2), t=(3, 5), batch=(1,),
                bias=lambda draw: draw.bell(6, 1, 5), mask=lambda draw: draw.mask(1, 6, 3, 5, share=0.8),
                is_causal=True, q_offset=2)  # fmt: skip
+    yield make("heads/4-over-2-one-query", "A2", "A3", "A5", heads=(4, 2), t=(1, 9), d=(2, 2),
+               bias=lambda draw: draw.bell(1, 4, 1, 9), mask=np.arange(9) < np.array([6, 9]).reshape(2, 1, 1, 1),
+               is_causal=True, q_offset=7)  # fmt: skip
 
     yield make("causal/square", "A4", t=(6, 6), is_causal=True, batch=(1,))
     yield make("causal/wide-upper-left", "A4", t=(3, 7), is_causal=True, batch=(1,))
@@ -406,6 +427,12 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("causal/decode", "A4", t=(1, 9), is_causal=True, q_offset=8, batch=(1,))
     yield make("causal/one-query-no-offset", "A4", t=(1, 9), is_causal=True, batch=(1,))
     yield make("causal/33", "A4", t=(33, 33), is_causal=True, batch=(), heads=(1, 1), d=(4, 3))
+    if dtype in ("bfloat16", "float32"):
+        yield make("causal/70x130", "A3", "A4", t=(70, 130), is_causal=True, q_offset=60, batch=(), heads=(2, 1),
+                   d=(2, 1))  # fmt: skip
+    if dtype == "float32":
+        yield make("causal/offset=2^40", "A4", t=(3, 5), is_causal=True, q_offset=2**40, batch=(), d=(2, 2))
+        yield make("causal/offset=-2^40", "A4", "A5", t=(3, 5), is_causal=True, q_offset=-(2**40), batch=(), d=(2, 2))
 
     window = np.tri(6, 6, 0, dtype=bool) & ~np.tri(6, 6, -3, dtype=bool)
     right = np.arange(7) < np.array([4, 7]).reshape(2, 1, 1, 1)
@@ -421,6 +448,8 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("mask/per-query", "M1", "A5", mask=np.array([1, 0, 1, 1, 0], bool).reshape(5, 1))
     yield make("mask/right-padding", "M1", "A5", mask=right)
     yield make("mask/left-padding-causal", "M1", "A4", "A5", mask=left, is_causal=True, q_offset=2)
+    yield make("mask/per-batch-queries-and-keys", "M1", "A2", "A5", t=(3, 4), d=(2, 2),
+               mask=lambda draw: draw.mask(2, 1, 3, 4), bias=lambda draw: draw.bell(2, 1, 3, 4))  # fmt: skip
     yield make("mask/sliding-window", "M1", "A5", t=(6, 6), mask=window)
     yield make("mask/nothing", "M1", "A5", mask=np.zeros((1, 1), bool))
 
@@ -460,6 +489,33 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     def nan_holes(draw: Draw) -> Array:
         return np.where(some, draw.bell(2, 2, 5, 7), np.array(nan, numpy_dtype(dtype)))
 
+    def far(draw: Draw) -> Array:
+        return np.array([1000, -1000, 1000, -1000, -1000], numpy_dtype(dtype)).reshape(5, 1)
+
+    def lowest(draw: Draw) -> Array:
+        bias = draw.bell(1, 2, 3, 4)
+        bias[..., 0] = -inf
+        bias[0, 0, 0, 1] = bias[0, 0, 2, 3] = -big
+        return bias
+
+    def plus_inf(draw: Draw) -> Array:
+        bias = draw.bell(2, 4, 4)
+        bias[0, 1, 2], bias[1, 2, 0] = inf, nan
+        return bias
+
+    def nan_first_value(q: Array, k: Array, v: Array, do: Array) -> None:
+        v[..., 0, :] = nan
+
+    def one_heavy_key(q: Array, k: Array, v: Array, do: Array) -> None:
+        q[...], do[...] = 1, 1
+        k[...], v[...] = 6 + k / 8, 1 + v / 8
+        k[..., 0, :] = 15 if dtype == "float16" else 13
+
+    def one_heavy_query(q: Array, k: Array, v: Array, do: Array) -> None:
+        q[...], k[...], do[...] = 1 + q / 8, [[0.5], [1.5], [-1]], 2.0**-13 if dtype == "float16" else 2.0**-10
+        v[...] = [[1], [-0.5], [0.25]]
+        do[..., 0, :] = 1
+
     yield make("bias/full", "A2", "A7", bias=lambda draw: draw.bell(2, 2, 5, 7))
     yield make("bias/queries-and-keys", "A2", "A7", bias=lambda draw: draw.bell(5, 7))
     yield make("bias/per-head-and-key", "A2", "A7", bias=lambda draw: draw.bell(2, 1, 7))
@@ -468,8 +524,16 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("bias/one", "A2", "A7", bias=lambda draw: draw.bell(1))
     yield make("bias/large", "A2", "A7", bias=lambda draw: draw.bell(2, 5, 7, scale=40.0))
     yield make("bias/minus-inf", "A2", "A7", "A5", "R2", bias=holes)
+    yield make("bias/per-query-far", "A2", "A7", d=(2, 2), batch=(1,), bias=far)
+    yield make("bias/excludes-and-lowest", "A2", "A7", "A6", "R2", "C7", t=(3, 4), d=(2, 2), batch=(1,),
+               bias=lowest, change=nan_first_value)  # fmt: skip
+    yield make("bias/plus-inf", "A2", "A7", "C6", t=(4, 4), d=(2, 2), batch=(1,), bias=plus_inf)
     yield make("bias/nan-where-masked", "A2", "A7", "A6", bias=nan_holes, mask=some)
     if dtype in ("float16", "bfloat16"):
+        # One large term, then many that are lost if they are added to it in 16 bits, and are not small together.
+        yield make("sum/keys", "A10", t=(1, 257), d=(1, 1), batch=(), heads=(1, 1), scale=1.0, change=one_heavy_key)
+        yield make("sum/queries", "A10", t=(129, 3), d=(1, 1), batch=(), heads=(1, 1), scale=1.0,
+                   bias=lambda draw: draw.bell(3, scale=0.1), change=one_heavy_query)  # fmt: skip
         yield make(
             "bias/float32",
             "A2",
@@ -494,7 +558,14 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     def twins(q: Array, k: Array, v: Array, do: Array) -> None:
         k[..., 4:, :] = k[..., :3, :]
 
+    def zero_key(q: Array, k: Array, v: Array, do: Array) -> None:
+        q[...], k[...] = abs(q), abs(k)
+        q[..., 2, :] *= -1
+        k[..., 1, :] = 0
+
     yield make("sign/all-negative", "A1", "A7", change=negative, batch=(1,))
     yield make("sign/all-positive", "A1", "A7", change=positive, batch=(1,))
-    # Equal keys tie at every extremum: which twin gets dk is open, what dq and dv are is not.
-    yield make("ties/twin-keys", "A1", "A8", change=twins, compare=("o", "dq", "dv"), batch=(1,))
+    # An extremal score that is exactly 0: the smallest of the first queries, the largest of the last.
+    yield make("sign/extremum-zero", "A1", "A7", "G4", t=(3, 4), d=(2, 2), batch=(1,), change=zero_key)
+    # Equal keys tie at every extremum: which twin gets dk is open, what dq, dv and the sum of dk over the keys are is not.
+    yield make("ties/twin-keys", "A1", "A8", change=twins, compare=("o", "dq", "dk_sum", "dv"), batch=(1,))
