@@ -61,8 +61,16 @@ REGISTRY = (
     Entry("torch", "torch", "Tensor", extra="torch"),
     Entry("jax", "jax", "Array", extra="jax"),
     Entry("mlx", "mlx.core", "array", extra="mlx"),
-    Entry("array_api", "array_api_strict", "Array", extra=None),
+    Entry("array_api", "array_api_strict._array_object", "Array", extra=None),  # the class has no public name
 )
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The package of the backend called ``name``, imported on first use; Dynamo traces this, but no import_module."""
+    for entry in REGISTRY:
+        if entry.name == name:
+            return entry.load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get(name: str) -> Entry:

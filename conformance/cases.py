@@ -15,7 +15,7 @@ from sa_softmax.backends.protocol import Backend
 from sa_softmax.conformance import golden
 from sa_softmax.conformance.golden import Expected, Record
 
-__all__ = ["Case", "Mismatch", "cases", "compare"]
+__all__ = ["Case", "Mismatch", "call", "cases", "compare"]
 
 Array = np.ndarray[Any, Any]
 Layout = Callable[[Array], Array]

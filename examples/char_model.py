@@ -157,7 +157,7 @@ def train(model: CharModel, corpus: Corpus, seconds: float, seed: int) -> Iterat
 @torch.no_grad()
 def validation_bits(model: CharModel, corpus: Corpus) -> float:
     """Bits per character on a fixed draw of held-out text."""
-    batch = _batch(corpus.validation, 64, torch.Generator().manual_seed(0))
+    batch = _batch(corpus.validation, 32, torch.Generator().manual_seed(0))
     return _loss(model, batch).item() / math.log(2)
 
 

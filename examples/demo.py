@@ -49,10 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
-    heading(
-        console, "1  Train",
-        f"A character model whose attention is SA-Softmax ({args.variant}) learns from real text: the layer trains.",
-    )  # fmt: skip
+    heading(console, "1  Train", f"A character model with SA attention ({args.variant}) learns from real text.")
     model = train_model(corpus, args.variant, args.seconds, args.seed, console)
 
     heading(
@@ -60,26 +57,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(sampled(model, corpus, args.seed))
 
-    heading(
-        console, "3  Agree",
-        "Its own attention scores go through every backend in float32: all must give the reference's numbers.",
-    )  # fmt: skip
+    heading(console, "3  Agree", "Its attention scores go through every backend: all must give the same numbers.")
     with console.status("running every backend"):
         table = agreement_table(agreements(attention_scores(model, corpus), args.seed))
     console.print(table)
 
     heading(
         console, "4  Conform",
-        "Real scores are kind. The suite's golden cases are not: ties, masks, NaN, extremes, odd shapes. Here in float32;\n"
-        "all dtypes: sa-softmax conformance --backend NAME",
+        "Real scores are kind; the cases of the suite are not: ties, masks, NaN, extremes. Here those in float32, "
+        "with every dtype: sa-softmax conformance --backend NAME",
     )  # fmt: skip
     reports = conform(console)
     console.print(matrix(reports))
 
     heading(
         console, "5  Look",
-        "What the row operations make of the same scores: softmax gives every key some weight, normalized gives the\n"
-        "lowest score none, product gives a score below 0 a negative weight.",
+        "What three row operations make of the same scores: softmax gives every key some weight, normalized the "
+        "lowest below 0 none, product gives scores below 0 negative weights.",
     )  # fmt: skip
     picture = args.output / "attention.png"
     plot_attention(model, corpus, picture)
@@ -95,13 +89,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small character model with SA attention, compare backends.")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file (default: the topics of Python's help)")
     parser.add_argument("--variant", choices=VARIANTS, default="normalized", help="default: %(default)s")
-    parser.add_argument("--seconds", type=_positive, default=60.0, help="training time (default: %(default)g)")
+    parser.add_argument("--seconds", type=positive_number, default=60.0, help="training time (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
@@ -279,7 +273,7 @@ def conform(console: Console) -> list[conformance.Report]:
     for entry in REGISTRY:
         if entry.installed():
             adapter = entry.adapter()
-            adapter.dtypes = ("float32",)  # the suite skips what is not declared
+            adapter.dtypes = ("float32",)  # all of them would take minutes; the suite skips what is not declared
             reports.append(conformance.run(adapter, progress=progress(f"conformance of {entry.name}", console)))
     return reports
 

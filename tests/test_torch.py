@@ -324,8 +324,8 @@ def test_row_layouts(layout: str, variant: str) -> None:
 def test_row_is_finite_up_to_the_largest_scores(dtype: torch.dtype, variant: str) -> None:
     """C7 and G8, against float64 (float64 against scores that float64 can square)."""
     big = torch.finfo(dtype).max if dtype != torch.float64 else 1e300
-    x = (torch.tensor([[1.0, 1.0, -1.0], [1.0, -1.0, 0.0], [-1.0, -1.0, -1.0]]).double() * big).to(dtype)
-    g = torch.tensor([[1.0, 0.5, -1.0], [1.0, -1.0, 1.0], [1.0, 0.0, -1.0]], dtype=dtype)
+    signs = torch.tensor([[1, 1, -1], [1, -1, 0], [1, -1, -1], [-1, -1, -1]], dtype=torch.float64)
+    x, g = (big * signs).to(dtype), torch.tensor([[1, 0.5, -1], [1, -1, 1], [1, 1, 1], [1, 0, -1]], dtype=dtype)
     y, (dx,) = backward(partial(sa_softmax, variant=variant), (x,), g)
     for actual, expected in (
         (y, reference.sa_softmax(to_numpy(x.double()), variant=variant)),
@@ -360,7 +360,7 @@ def test_row_keeps_its_input_alone_for_the_backward_pass(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_row_ignores_autocast_and_default_dtype(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_ignores_autocast_and_default_dtype(variant: str) -> None:
     x, g = randn(3, 5, seed=2, dtype=torch.float32), randn(3, 5, seed=3, dtype=torch.float32)
     y, (dx,) = backward(partial(sa_softmax, variant=variant), (x,), g)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -478,6 +478,22 @@ def test_attention_key_that_some_queries_see_spoils_those_alone(way: str, varian
         for actual, wanted in zip((o, *gradients), (expected, *expected_gradients), strict=True):
             # An infinite v makes gradients infinite or NaN, which the order of operations decides.
             assert_close(actual.masked_fill(~actual.isfinite(), NAN), np.where(np.isfinite(wanted), wanted, NAN))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("way", ["eager", "compile"])
+def test_attention_upstream_gradient_of_nan_spoils_the_keys_its_query_sees_alone(way: str, variant: str) -> None:
+    inputs, options = attention_case("everything")
+    options["variant"] = variant
+    for query, finite in ((1, True), (2, False)):  # of the first batch, where query 1 sees no key
+        do = DO.clone()
+        do[0, :, query] = NAN
+        _, gradients = REVERSE[way](lambda *inputs: attention(*inputs, **options), inputs, do)
+        wanted = reference_attention(inputs, options, do)[1]
+        for gradient, reference_gradient in zip(gradients, wanted, strict=True):
+            assert_close(gradient, reference_gradient)
+            assert np.isfinite(reference_gradient).all() == finite
+        assert np.isfinite(wanted[2][:, :, -1]).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

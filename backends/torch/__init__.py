@@ -1,5 +1,6 @@
 """PyTorch tensors on any device: eager, under torch.compile and torch.export, and under torch.func."""
 
+import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
@@ -7,7 +8,7 @@ from sa_softmax.backends.torch import _attention, _row
 
 __all__ = ["SASoftmax", "sa_attention", "sa_softmax"]
 
-_TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device)
+_TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
 
 def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where: Tensor | None = None) -> Tensor:

@@ -52,10 +52,7 @@ class _SAAttention(Function):
         with _no_autocast(q.device):
             s = _scores(q, k, v, bias, mask, offset, scale)
             y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
-            # NaN where a participating v is not finite; as 0 * NaN, an excluded one would spread it further (A6).
-            poison = _fold(s.on.to(y.dtype), k) @ (~torch.isfinite(s.v)).to(y.dtype)
-            o = _fold(y, k) @ _finite(s.v)
-            o = o * torch.where(poison > 0, math.nan, torch.ones_like(o))
+            o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
         return _unfold(o, q).to(q.dtype)
 
     @staticmethod
@@ -68,7 +65,7 @@ class _SAAttention(Function):
         q, k, v, bias, mask = ctx.saved_tensors
         with _no_autocast(q.device):
             s = _scores(q, k, v, bias, mask, ctx.offset, ctx.scale)
-            do = _fold(torch.where(s.on.any(-1, keepdim=True), do.to(s.z.dtype), 0), k)
+            do = _fold(do.to(s.z.dtype), k)
             p = _row.softmax(s.z, s.on, -1)
             y = _fold(_row.value(s.z, s.on, p, -1, ctx.variant), k)
             dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, ctx.variant)
@@ -76,7 +73,7 @@ class _SAAttention(Function):
             # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
             dq = _unfold(ctx.scale * (dx_ @ _finite(s.k)), q)
             dk = ctx.scale * (dx_.mT @ _finite(s.q))
-            dv = y.mT @ do
+            dv = _weigh(y.mT, _fold(s.on, k).mT, do)
         # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
         dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None, None, None
@@ -124,6 +121,13 @@ def _unfold(x: Tensor, q: Tensor) -> Tensor:
     hq, tq = q.shape[-3:-1]
     # In two steps, because torch.export cannot prove that one is a view.
     return x.reshape(*batch, hkv, hq // hkv, tq, n).reshape(*batch, hq, tq, n)
+
+
+def _weigh(w: Tensor, on: Tensor, v: Tensor) -> Tensor:
+    """w @ v in which an excluded v never counts, not even as 0 * NaN (A6)."""
+    poison = on.to(w.dtype) @ (~torch.isfinite(v)).to(w.dtype)
+    # A factor rather than a selection, so that what PyTorch derives from this is NaN, too.
+    return (w @ _finite(v)) * torch.where(poison > 0, math.nan, torch.ones_like(poison))
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -72,9 +72,8 @@ def vjp(z: Tensor, on: Tensor, p: Tensor, g: Tensor, axis: int, variant: str) ->
     g = torch.where(on, g, 0)
     gp = g * p
     if variant == "product":
-        # Halved: g x - D may overflow where the gradient does not.
-        gx = g * (z * 0.5)
-        return torch.where(on, p * (gx - (gx * p).sum(axis, keepdim=True)) * 2 + gp, 0)
+        gy = g * (z * p)  # g * z may overflow where p, and with it the gradient, is 0
+        return torch.where(on, gy - p * gy.sum(axis, keepdim=True) + gp, 0)
     a, lo, hi, unit, R = _factor(z, axis)
     ga = g * a
     D = (ga * p).sum(axis, keepdim=True)
