@@ -52,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     heading(console, "1  Train", f"A character model with SA attention ({args.variant}) learns from real text.")
     model = train_model(corpus, args.variant, args.seconds, args.seed, console)
 
-    heading(
-        console, "2  Sample", "It goes on from text that it has not seen, in the middle of a word: what was learned."
-    )
+    heading(console, "2  Sample", "It goes on from text that it has not seen: what it has learned.")
     console.print(sampled(model, corpus, args.seed))
 
     heading(console, "3  Agree", "Its attention scores go through every backend: all must give the same numbers.")
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     picture = args.output / "attention.png"
     plot_attention(model, corpus, picture)
-    console.print(f"saved [bold]{picture}[/]", soft_wrap=True)
+    console.print(f"saved {picture}", markup=False, soft_wrap=True)
 
     failed = [report.backend for report in reports if not report.ok]
     for name in failed:
@@ -90,7 +88,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a UTF-8 text file (default: the topics of Python's help)")
     parser.add_argument("--variant", choices=VARIANTS, default="normalized", help="default: %(default)s")
     parser.add_argument("--seconds", type=positive_number, default=60.0, help="training time (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=natural_number, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -99,6 +97,13 @@ def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number; got {text}")
+    return value
+
+
+def natural_number(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2^63); got {text}")
     return value
 
 
