@@ -736,8 +736,12 @@ def test_one_compilation_serves_every_length_and_offset(variant: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+EXPORTS = pytest.mark.parametrize(
+    ("masked", "strict"), [(False, False), (True, False), (True, True)], ids=["all", "masked", "masked strict"]
+)
+
+
+@EXPORTS
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export_with_dynamic_batch_and_lengths(variant: str, masked: bool, strict: bool) -> None:
     batch, tq, tk = (torch.export.Dim(name) for name in ("batch", "tq", "tk"))
@@ -759,8 +763,7 @@ def test_export_with_dynamic_batch_and_lengths(variant: str, masked: bool, stric
     assert_close(o, reference.sa_attention(*map(to_numpy, (q, k, v)), **arrays(options)))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "where"])
+@EXPORTS
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export_of_the_module_with_dynamic_rows(variant: str, masked: bool, strict: bool) -> None:
     """As a model exports it: a parameter before it that requires a gradient, saved and loaded."""
