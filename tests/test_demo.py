@@ -22,7 +22,7 @@ from sa_softmax.conformance.golden import SAFETY
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
-STEPS = 40
+STEPS = 30
 ROUNDOFF = 2.0**-24
 TINY = float(np.finfo(np.float32).tiny) / ROUNDOFF
 
@@ -144,15 +144,13 @@ def test_sample_goes_on_from_held_out_text(demo: ModuleType, corpus: Any, traine
 
 
 @pytest.mark.parametrize(
-    ("text", "start"),
-    [("no paragraphs " * 300, 0), ("ab\n\n   cd " + "e" * 4000, None), ("f" * 4500 + "gh" + "\n" * 60, 0)],
-    ids=["none", "not held out", "blank to the end"],
+    "text",
+    ["no paragraphs " * 300, "ab\n\n   cd " + "e" * 4000, "f" * 4500 + "gh" + "\n" * 60],
+    ids=["none", "none held out", "blank to the end"],
 )
-def test_passage_where_paragraphs_are_missing(
-    demo: ModuleType, char_model: ModuleType, text: str, start: int | None
-) -> None:
+def test_passage_where_paragraphs_are_missing(demo: ModuleType, char_model: ModuleType, text: str) -> None:
     corpus = char_model.Corpus.of(text)
-    assert torch.equal(demo.held_out_passage(corpus, 40), corpus.validation[start or 0 :][:40])
+    assert torch.equal(demo.held_out_passage(corpus, 40), corpus.validation[:40])
 
 
 # Agreement of the backends.
@@ -246,7 +244,7 @@ def test_table_shows_what_did_not_run(demo: ModuleType, monkeypatch: pytest.Monk
     text = capture.get()
     assert len(re.findall(r"fake .*\de-0\d .*not declared", text)) == len(VARIANTS)
     assert re.search(r"absent +not installed", text)
-    assert "pip install 'sa-softmax[absent]'" in text.replace("\n", " ")
+    assert "'sa-softmax[absent]'" in text
 
 
 # The whole.
