@@ -9,6 +9,7 @@ Needs the extras torch and conformance of sa-softmax, and matplotlib; other back
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
+
+# Before torch: threads that spin while they wait make every layer this small many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
