@@ -65,7 +65,7 @@ def gradient(path: Path) -> None:
     top, bottom = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     right = figure.add_subplot(grid[:, 1])
     for name, (y, largest) in values.items():
-        style = {"color": colors[name], "linestyle": styles[name], "linewidth": 2, "label": name}
+        style: dict[str, Any] = {"color": colors[name], "linestyle": styles[name], "linewidth": 2, "label": name}
         if name == "softmax":
             style["zorder"] = 3
         (bottom if name == "product" else top).plot(z, y, **style)

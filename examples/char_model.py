@@ -142,9 +142,9 @@ def train(model: CharModel, corpus: Corpus, seconds: float, seed: int) -> Iterat
     model.train()
     start, step, spent = time.perf_counter(), 0, 0.0
     while spent < 1:
-        rate = min(spent / WARMUP, 1.0) if spent < WARMUP else 0.5 * (1 + math.cos(math.pi * spent))
+        rate = min(max(spent / WARMUP, 0.01), 0.5 * (1 + math.cos(math.pi * spent)))
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * max(rate, 0.01)
+            group["lr"] = PEAK_RATE * rate
         loss = _loss(model, _batch(corpus.train, BATCH, generator))
         optimizer.zero_grad()
         loss.backward()

@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sa_softmax import conformance, reference
-from sa_softmax.backends import REGISTRY, Entry
+from sa_softmax.backends import REGISTRY
 from sa_softmax.conformance.report import matrix, progress
 
 VARIANTS = ("normalized", "product")
@@ -217,18 +217,18 @@ def agreements(scores: Array, seed: int) -> Iterator[Agreement]:
     The gradient's upstream is drawn from ``seed``. Errors are the largest of all entries; ``relative`` divides by the
     largest magnitude of the reference.
     """
-    upstream = np.random.default_rng(seed).standard_normal(scores.shape, np.float32)
+    upstream: Array = np.random.default_rng(seed).standard_normal(scores.shape, np.float32)
     inputs = {"sa_softmax": (scores,), "sa_softmax_vjp": (scores, upstream)}
     causal = np.tri(scores.shape[-1], dtype=bool)
     cases = []
     for variant in VARIANTS:
         for operation, arrays in inputs.items():
-            options = {"axis": -1, "variant": variant, "where": causal}
+            options: dict[str, Any] = {"axis": -1, "variant": variant, "where": causal}
             exact = getattr(reference, operation)(*(array.astype(np.float64) for array in arrays), **options)
             cases.append((operation, arrays, options, exact))
     for entry in REGISTRY:
         if not entry.installed():
-            yield Agreement(entry.name, skipped=_how_to_install(entry))
+            yield Agreement(entry.name, skipped=entry.missing())
             continue
         adapter = entry.adapter()
         for operation, arrays, options, exact in cases:
@@ -238,14 +238,6 @@ def agreements(scores: Array, seed: int) -> Iterator[Agreement]:
             got = getattr(adapter, operation)(*arrays, **options, device=adapter.devices[0])
             error = float(abs(got - exact).max())
             yield Agreement(entry.name, options["variant"], operation, error, error / float(abs(exact).max()))
-
-
-def _how_to_install(entry: Entry) -> str:
-    try:
-        entry.require()
-    except ImportError as error:
-        return str(error)
-    raise AssertionError(f"{entry.name} is installed")
 
 
 def agreement_table(results: Iterable[Agreement]) -> Group:

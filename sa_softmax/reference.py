@@ -292,7 +292,7 @@ def _factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
 def _softmax(z: Array, on: Array, axis: int) -> tuple[Array, Array, Array]:
     x_min, x_max = _extrema(z, on, axis)
     e = np.where(on, np.exp(z - x_max), 0)
-    l = e.sum(axis, keepdims=True)  # noqa: E741
+    l = _sum(e, axis)  # noqa: E741
     return e / np.where(l == 0, 1, l), x_min, x_max
 
 
@@ -311,12 +311,12 @@ def _vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
     p, x_min, x_max = _softmax(z, on, axis)
     if variant == "product":
         y = z * p  # first, because g * z may overflow where p, and with it the gradient, is 0
-        D = (g * y).sum(axis, keepdims=True)
+        D = _sum(g * y, axis)
         return np.where(on, (g * y - p * D) + g * p, 0)
     lo, unit, R = _factor(x_min, x_max)
     a = (z * unit - lo * unit) / R
-    D = (g * a * p).sum(axis, keepdims=True)
-    S = (g * p).sum(axis, keepdims=True)
+    D = _sum(g * a * p, axis)
+    S = _sum(g * p, axis)
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
     return np.where(on, p * (g * a - D) + (g * p + at_min * (D - S) - at_max * D) / R * unit, 0)
 
@@ -325,14 +325,14 @@ def _vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
 def _jvp(z: Array, on: Array, t: Array, axis: int, variant: str) -> Array:
     t = np.where(on, t, 0)
     p, x_min, x_max = _softmax(z, on, axis)
-    dp = p * (t - (p * t).sum(axis, keepdims=True))
+    dp = p * (t - _sum(p * t, axis))
     if variant == "product":
         return np.where(on, t * p + z * dp, 0)
     lo, unit, R = _factor(x_min, x_max)
     a = (z * unit - lo * unit) / R
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
-    dlo = (at_min * t).sum(axis, keepdims=True)
-    dhi = (at_max * t).sum(axis, keepdims=True)
+    dlo = _sum(at_min * t, axis)
+    dhi = _sum(at_max * t, axis)
     return np.where(on, (t - dlo - a * (dhi - dlo)) / R * unit * p + a * dp, 0)
 
 
@@ -344,6 +344,12 @@ def _shares(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple
         at_min / np.maximum(at_min.sum(axis, keepdims=True), 1),
         at_max / np.maximum(at_max.sum(axis, keepdims=True), 1),
     )
+
+
+def _sum(terms: Array, axis: int) -> Array:
+    """NumPy adds contiguous rows pairwise and others one by one: here no axis or layout changes the bits (R6)."""
+    rows = np.ascontiguousarray(np.moveaxis(terms, axis, -1))
+    return np.moveaxis(rows.sum(-1, keepdims=True), -1, axis)
 
 
 @_quiet

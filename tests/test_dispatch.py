@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import array_api_compat
 import numpy as np
@@ -160,14 +161,33 @@ def test_a_missing_framework_is_named_with_the_extra_that_installs_it(
     entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = entry.array_module.partition(".")[0]
+    absent = ModuleNotFoundError(f"No module named {package!r}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib, "import_module", mock.Mock(side_effect=absent))
     assert not entry.installed()
-    for use in (entry.load, entry.adapter, entry.require):
+    for use in (entry.load, entry.adapter):
         with pytest.raises(ImportError) as caught:
             use()
         message = str(caught.value)
         assert f"backend {entry.name!r} needs {package}, which is not installed" in message
         assert f"pip install '{f'sa-softmax[{entry.extra}]' if entry.extra else package}'" in message
+
+
+def test_a_module_that_an_installed_framework_lacks_is_named_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ModuleNotFoundError("No module named 'numpy.absent'")
+    monkeypatch.setattr(importlib, "import_module", mock.Mock(side_effect=absent))
+    with pytest.raises(ModuleNotFoundError, match=r"numpy\.absent"):
+        get("numpy").load()
+
+
+def test_with_numpy_and_array_api_compat_alone_the_package_works() -> None:
+    others = sorted(FRAMEWORKS | {"ml_dtypes", "rich", "typer", "safetensors", "onnx", "onnxruntime", "mpmath"})
+    code = (
+        f"import sys\nfor name in {others}: sys.modules[name] = None\n"
+        "import numpy, sa_softmax\n"
+        "sa_softmax.sa_softmax(numpy.ones(3)), sa_softmax.sa_attention(*numpy.ones((3, 1, 2, 2)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_is_owned_by_a_framework_that_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:

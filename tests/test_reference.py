@@ -347,19 +347,19 @@ def test_a_poisoned_upstream_stays_in_its_row(variant: str, derivative: Any, poi
 @variants
 @operations
 def test_rows_do_not_see_each_other(variant: str, operation: Any, rng: np.random.Generator) -> None:
-    x, g = rng.normal(size=(2, 6, 7))
+    x, g = rng.normal(size=(2, 6, 300))
     whole = operation(x, g, variant=variant)
     for other in (np.nan, np.inf, -np.inf, 1e308, 0.0):
         y, h = np.full((2, *x.shape), other)
         y[3], h[3] = x[3], g[3]
         same(operation(y, h, variant=variant)[3], whole[3])
     for i in range(len(x)):
-        close(operation(x[i], g[i], variant=variant), whole[i], rtol=8 * U, atol=8 * U)
+        same(operation(x[i], g[i], variant=variant), whole[i])
 
 
 @variants
 @operations
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (5, 1, 2, 3), (1, 1)])
+@pytest.mark.parametrize("shape", [(5,), (3, 300), (2, 3, 5), (5, 1, 2, 3), (1, 1)])
 def test_every_axis_is_the_last_axis_moved(
     variant: str, operation: Any, shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
@@ -369,7 +369,7 @@ def test_every_axis_is_the_last_axis_moved(
         got = operation(x, g, axis=axis, variant=variant, where=where)
         moved = (np.moveaxis(array, axis, -1) for array in (x, g))
         expected = operation(*moved, variant=variant, where=np.moveaxis(where, axis, -1))
-        close(np.moveaxis(got, axis, -1), expected, rtol=16 * U, atol=16 * U)
+        same(np.moveaxis(got, axis, -1), expected)
 
 
 @variants
@@ -377,14 +377,14 @@ def test_every_axis_is_the_last_axis_moved(
 def test_memory_layout_changes_nothing_and_inputs_stay_as_they_were(
     variant: str, operation: Any, rng: np.random.Generator
 ) -> None:
-    x, g = rng.normal(size=(2, 4, 6))
+    x, g = rng.normal(size=(2, 4, 300))
     before, expected = x.copy(), operation(x, g, variant=variant)
     for layout in (np.asfortranarray(x), np.repeat(x, 2, 1)[:, ::2], x[::-1, ::-1].copy()[::-1, ::-1]):
         layout.flags.writeable = False
-        close(operation(layout, g, variant=variant), expected, rtol=16 * U, atol=16 * U)
+        same(operation(layout, g, variant=variant), expected)
     same(x, before)
     repeated = operation(np.broadcast_to(x[0], x.shape), np.broadcast_to(g[0], g.shape), variant=variant)
-    close(repeated, np.broadcast_to(expected[0], x.shape), rtol=16 * U, atol=16 * U)
+    same(repeated, np.broadcast_to(expected[0], x.shape))
 
 
 @variants
