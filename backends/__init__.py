@@ -34,25 +34,31 @@ class Entry:
 
     def load(self) -> ModuleType:
         """Import the backend's package; raises ImportError that names the extra if its framework is missing."""
-        self.require()
-        return importlib.import_module(f"sa_softmax.backends.{self.name}")
+        return self._import(f"sa_softmax.backends.{self.name}")
 
     def adapter(self) -> Any:
-        """A fresh conformance adapter of this backend."""
-        self.require()
-        return importlib.import_module(f"sa_softmax.backends.{self.name}.adapter").Adapter()
+        """A fresh conformance adapter of this backend; raises ImportError like :meth:`load`."""
+        return self._import(f"sa_softmax.backends.{self.name}.adapter").Adapter()
 
     def install(self) -> str:
         """The command that installs the framework."""
         return f"pip install '{f'sa-softmax[{self.extra}]' if self.extra else self.package}'"
 
+    def missing(self) -> str:
+        """What a user reads whose framework is not installed."""
+        return f"backend {self.name!r} needs {self.package}, which is not installed: {self.install()}"
+
     @property
     def package(self) -> str:
         return self.array_module.partition(".")[0]
 
-    def require(self) -> None:
-        if not self.installed():
-            raise ImportError(f"backend {self.name!r} needs {self.package}, which is not installed: {self.install()}")
+    def _import(self, module: str) -> ModuleType:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if self.installed():
+                raise
+            raise ImportError(self.missing()) from error
 
 
 # Recognition runs in this order. array_api comes last: it takes whatever array-API namespace no other backend owns.
@@ -61,8 +67,16 @@ REGISTRY = (
     Entry("torch", "torch", "Tensor", extra="torch"),
     Entry("jax", "jax", "Array", extra="jax"),
     Entry("mlx", "mlx.core", "array", extra="mlx"),
-    Entry("array_api", "array_api_strict", "Array", extra=None),
+    Entry("array_api", "array_api_strict._array_object", "Array", extra=None),  # the class has no public name
 )
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The package of the backend called ``name``, imported on first use; Dynamo traces this, but no import_module."""
+    for entry in REGISTRY:
+        if entry.name == name:
+            return entry.load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get(name: str) -> Entry:

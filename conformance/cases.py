@@ -18,7 +18,7 @@ from sa_softmax.conformance import derived, golden
 from sa_softmax.conformance.derived import Derived
 from sa_softmax.conformance.golden import Expected, Record
 
-__all__ = ["Case", "Mismatch", "cases", "compare"]
+__all__ = ["Case", "Mismatch", "call", "cases", "compare"]
 
 Array = np.ndarray[Any, Any]
 Layout = Callable[[str, Array], Array]

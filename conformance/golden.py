@@ -14,7 +14,7 @@ import safetensors
 from sa_softmax._validate import COMPUTE_DTYPE, VARIANTS
 from sa_softmax.conformance.inputs import numpy_dtype
 
-__all__ = ["DIRECTORY", "Expected", "GoldenDataError", "Record", "digest", "records"]
+__all__ = ["DIRECTORY", "Expected", "GoldenDataError", "Record", "digest", "input_file", "records"]
 
 FORMAT = 1
 DIRECTORY = Path(__file__).parent / "golden"

@@ -13,8 +13,17 @@ import ml_dtypes
 import numpy as np
 
 __all__ = [
-    "DTYPES", "LENGTHS", "SCALES", "AttentionInput", "RowInput", "attention_inputs", "numpy_dtype", "row_inputs",
-]  # fmt: skip
+    "DTYPES",
+    "LENGTHS",
+    "SCALES",
+    "AttentionInput",
+    "Draw",
+    "RowInput",
+    "attention_inputs",
+    "largest",
+    "numpy_dtype",
+    "row_inputs",
+]
 
 Array = np.ndarray[Any, Any]
 

@@ -15,7 +15,7 @@ from sa_softmax import reference
 from sa_softmax.backends.numpy.adapter import Adapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
 
-__all__ = ["mutants"]
+__all__ = ["Mutant", "main", "mutants"]
 
 
 class Mutant(Adapter):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 
-__all__ = ["AttentionTruth", "RowTruth", "attention", "row"]
+__all__ = ["AttentionTruth", "RowTruth", "attention", "exact", "row"]
 
 # Arrays of dtype object that hold mpmath numbers.
 Mp = np.ndarray[Any, Any]

@@ -5,7 +5,8 @@ from typing import Any
 
 import array_api_compat
 
-from sa_softmax.backends import REGISTRY, get
+from sa_softmax import backends
+from sa_softmax.backends import REGISTRY, array_api
 
 __all__ = ["sa_attention", "sa_softmax"]
 
@@ -79,9 +80,9 @@ def sa_attention(
 def _backend_of(x: Any, name: str) -> ModuleType:
     for entry in REGISTRY:
         if entry.owns(x):
-            return entry.load()
+            return getattr(backends, entry.name)
     if array_api_compat.is_array_api_obj(x):
-        return get("array_api").load()
+        return array_api  # whatever its library is: the registry's array_api_strict need not be installed
     kinds = ", ".join(f"{entry.array_module}.{entry.array_class}" for entry in REGISTRY)
     raise TypeError(
         f"{name} must be an array of a supported framework ({kinds}, or another array-API library); "

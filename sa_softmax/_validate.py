@@ -19,13 +19,16 @@ class ArrayKind:
     """What validation must know of a framework's arrays.
 
     ``cls`` is the array class, ``convert`` names the call that makes one, ``device`` reads an array's device where
-    arrays of one framework can live apart, ``refused`` holds subclasses whose meaning would be lost.
+    arrays of one framework can live apart, ``refused`` holds subclasses whose meaning would be lost,
+    ``integers`` the types of integers that must not be turned into a Python int, since tracing would make it a
+    constant.
     """
 
     cls: type | tuple[type, ...]
     convert: str
     device: Callable[[Any], Any] | None = None
     refused: tuple[type, ...] = ()
+    integers: tuple[type, ...] = (int,)
 
 
 def dtype_name(x: Any) -> str:
@@ -39,8 +42,8 @@ def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: An
     ``like_x`` are further arrays that share the shape and dtype of ``x`` (an upstream gradient, a tangent).
     """
     _check_variant(variant)
-    _check_arrays(kind, x=x, where=where, **like_x)
-    _check_floating(x=x)
+    _check_arrays(kind, x=x, **_given(where=where), **like_x)
+    _check_dtype("x", x, DTYPES, "a floating dtype")
     for name, array in like_x.items():
         if tuple(array.shape) != tuple(x.shape):
             raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(array.shape)}")
@@ -70,12 +73,15 @@ def check_attention(
     is_causal: bool,
     q_offset: int,
     scale: float | None,
-    do: Any = None,
+    **like_output: Any,
 ) -> float:
-    """Check the arguments of attention and return the scale, 1/sqrt(D) where none is given."""
+    """Check the arguments of attention and return the scale, 1/sqrt(D) where none is given.
+
+    ``like_output`` are further arrays that share the shape and dtype of the output (an upstream gradient).
+    """
     _check_variant(variant)
-    _check_arrays(kind, q=q, k=k, v=v, bias=bias, mask=mask, do=do)
-    _check_floating(q=q, k=k, v=v, bias=bias)
+    _check_arrays(kind, q=q, k=k, v=v, **_given(bias=bias, mask=mask), **like_output)
+    _check_dtype("q", q, DTYPES, "a floating dtype")
     dtype = dtype_name(q)
     for name, array in (("k", k), ("v", v)):
         _check_dtype(name, array, (dtype,), "the dtype of q")
@@ -102,25 +108,28 @@ def check_attention(
     if bias is not None:
         _check_dtype("bias", bias, (dtype, COMPUTE_DTYPE[dtype]), "the dtype of q, or the dtype it is computed in")
         _check_broadcast("bias", bias, scores, "the scores (..., Hq, Tq, Tk)")
-    if do is not None:
-        output = (*q.shape[:-1], v.shape[-1])
-        if tuple(do.shape) != tuple(output):
-            raise ValueError(f"do must have the shape of the output, {output}; got {tuple(do.shape)}")
-        _check_dtype("do", do, (dtype,), "the dtype of q")
+    output = (*q.shape[:-1], v.shape[-1])
+    for name, array in like_output.items():
+        if tuple(array.shape) != output:
+            raise ValueError(f"{name} must have the shape of the output, {output}; got {tuple(array.shape)}")
+        _check_dtype(name, array, (dtype,), "the dtype of q")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False; got {is_causal!r}. A mask array goes to mask=")
-    try:
-        offset = operator.index(q_offset)
-    except TypeError:
-        raise TypeError(f"q_offset must be an integer; got {q_offset!r}") from None
-    if offset != 0 and not is_causal:
-        raise ValueError(f"q_offset shifts the causal mask and needs is_causal=True; got q_offset={offset} without it")
+    if not isinstance(q_offset, kind.integers):
+        try:
+            operator.index(q_offset)
+        except TypeError:
+            raise TypeError(f"q_offset must be an integer; got {q_offset!r}. Pass a Python int") from None
+    if not is_causal and q_offset != 0:
+        raise ValueError(f"q_offset shifts the causal mask and needs is_causal=True; got {q_offset=} without it")
     if scale is None:
         if q.shape[-1] == 0:
             raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes}. Pass scale=")
         return 1.0 / math.sqrt(q.shape[-1])
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite Python number or None for 1/sqrt(D); got {scale!r}")
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a Python number, or None for 1/sqrt(D); got {scale!r}. Convert it with float()")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite; got {scale!r}. None gives 1/sqrt(D)")
     return float(scale)
 
 
@@ -129,26 +138,23 @@ def _check_variant(variant: str) -> None:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
 
 
+def _given(**arrays: Any) -> dict[str, Any]:
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def _check_arrays(kind: ArrayKind, **arrays: Any) -> None:
-    given = {name: array for name, array in arrays.items() if array is not None}
-    for name, array in given.items():
+    for name, array in arrays.items():
         if not isinstance(array, kind.cls) or isinstance(array, kind.refused):
             raise TypeError(
                 f"{name} must be an array of the same framework as the function; "
                 f"got {type(array).__module__}.{type(array).__qualname__}. Convert it with {kind.convert}"
             )
     if kind.device is not None:
-        devices = {name: kind.device(array) for name, array in given.items()}
+        devices = {name: kind.device(array) for name, array in arrays.items()}
         first = next(iter(devices.values()))
         if any(device != first for device in devices.values()):
             places = ", ".join(f"{name} on {device}" for name, device in devices.items())
             raise ValueError(f"all arrays must be on one device; got {places}. Move them to one device first")
-
-
-def _check_floating(**arrays: Any) -> None:
-    for name, array in arrays.items():
-        if array is not None:
-            _check_dtype(name, array, DTYPES, "a floating dtype")
 
 
 def _check_dtype(name: str, array: Any, allowed: tuple[str, ...], rule: str) -> None:
@@ -164,7 +170,7 @@ def _check_mask(name: str, mask: Any, shape: tuple[int, ...], target: str) -> No
     if dtype_name(mask) not in ("bool", "bool_"):
         raise TypeError(
             f"{name} must be boolean, True where an entry participates; got {dtype_name(mask)}. "
-            "An additive mask becomes one by comparing: mask > finfo.min / 2"
+            "Compare it: mask != 0 if it holds 0 and 1, mask > finfo.min / 2 if it is additive"
         )
     _check_broadcast(name, mask, shape, target)
 
@@ -173,4 +179,7 @@ def _check_broadcast(name: str, array: Any, shape: tuple[int, ...], target: str)
     own = tuple(array.shape)
     aligned = zip(reversed(own), reversed(shape), strict=False)
     if len(own) > len(shape) or not all(n == 1 or n == m for n, m in aligned):
-        raise ValueError(f"{name} must broadcast to the shape of {target}, {tuple(shape)}; got {own}")
+        raise ValueError(
+            f"{name} must broadcast to the shape of {target}, {tuple(shape)}; got {own}. "
+            "Align the last axes, and give those that repeat the length 1"
+        )

@@ -5,6 +5,10 @@ arXiv 2502.18277.
 
 Notation, per row: ``on`` marks the participating entries M, ``p`` is the softmax over M, ``a`` the self-adjusting
 factor of the normalized variant. Everything is computed in float32 (float64 for float64 input) and rounded once.
+
+Accuracy: at score scales from 1e-300 to 1e300, values, VJPs and JVPs are within 4 units (6 for rows of thousands) of
+50-digit arithmetic. The unit is the roundoff times the magnitudes of a value's terms, in which each p counts
+1 + |x - max| + E|x - max| times, as the exponential demands.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +34,7 @@ Array = npt.NDArray[Any]
 
 # Both subclasses redefine what * and a reduction mean, so a right answer for them is impossible here.
 _NUMPY = ArrayKind(np.ndarray, "numpy.asarray, and pass a mask as where=", refused=(np.ma.MaskedArray, np.matrix))
-_quiet = np.errstate(over="ignore", invalid="ignore")
+_quiet = np.errstate(over="ignore", under="ignore", invalid="ignore")
 
 
 def sa_softmax(x: Array, *, axis: int = -1, variant: str = "normalized", where: Array | None = None) -> Array:
@@ -169,13 +173,13 @@ def sa_attention_vjp(
         variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale, do=do,
     )  # fmt: skip
     q_, k_, v_, x, on = _scores(q, k, v, bias, mask, is_causal, q_offset, scale)
-    do_ = np.where(on.any(-1, keepdims=True), do.astype(x.dtype), 0)
+    do_ = do.astype(x.dtype)
     y = _forward(x, on, -1, variant)
     dx = _vjp(x, on, do_ @ _t(v_), -1, variant)
-    # dx and y carry the NaN of participating entries, so what multiplies them may drop the non-finite of the others.
+    # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
     dq = scale * (dx @ _finite(k_))
     dk = scale * _sum_groups(_t(dx) @ _finite(q_), k)
-    dv = _sum_groups(_t(y) @ do_, v)
+    dv = _sum_groups(_weigh(_t(y), _t(on), do_), v)
     dbias = None if bias is None else _rounded(_sum_to(dx, bias.shape), bias)
     return _rounded(dq, q), _rounded(dk, k), _rounded(dv, v), dbias
 
@@ -249,10 +253,11 @@ def attention_from_state(state: AttentionState, *, variant: str = "normalized") 
     empty = state.l == 0
     l = np.where(empty, 1, state.l)  # noqa: E741
     m = np.where(empty, 0, state.m)
+    o0, o1 = state.o0 / l, state.o1 / l
     if variant == "product":
-        return (state.o1 + m * state.o0) / l
+        return o1 + m * o0
     lo, unit, R = _factor(state.lo, state.m)
-    return (state.o1 * unit + (m * unit - lo * unit) * state.o0) / R / l
+    return o1 / R * unit + (m * unit - lo * unit) / R * o0
 
 
 # The row operation on compute-dtype arrays. ``z`` holds 0 where ``on`` is false.
@@ -287,7 +292,7 @@ def _factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
 def _softmax(z: Array, on: Array, axis: int) -> tuple[Array, Array, Array]:
     x_min, x_max = _extrema(z, on, axis)
     e = np.where(on, np.exp(z - x_max), 0)
-    l = e.sum(axis, keepdims=True)  # noqa: E741
+    l = _sum(e, axis)  # noqa: E741
     return e / np.where(l == 0, 1, l), x_min, x_max
 
 
@@ -304,13 +309,14 @@ def _forward(z: Array, on: Array, axis: int, variant: str) -> Array:
 def _vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
     g = np.where(on, g, 0)
     p, x_min, x_max = _softmax(z, on, axis)
-    lo, unit, R = _factor(x_min, x_max)
     if variant == "product":
-        gx = g * (z * unit)
-        return np.where(on, p * (gx - (gx * p).sum(axis, keepdims=True)) / unit + g * p, 0)
+        y = z * p  # first, because g * z may overflow where p, and with it the gradient, is 0
+        D = _sum(g * y, axis)
+        return np.where(on, (g * y - p * D) + g * p, 0)
+    lo, unit, R = _factor(x_min, x_max)
     a = (z * unit - lo * unit) / R
-    D = (g * a * p).sum(axis, keepdims=True)
-    S = (g * p).sum(axis, keepdims=True)
+    D = _sum(g * a * p, axis)
+    S = _sum(g * p, axis)
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
     return np.where(on, p * (g * a - D) + (g * p + at_min * (D - S) - at_max * D) / R * unit, 0)
 
@@ -319,14 +325,14 @@ def _vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
 def _jvp(z: Array, on: Array, t: Array, axis: int, variant: str) -> Array:
     t = np.where(on, t, 0)
     p, x_min, x_max = _softmax(z, on, axis)
-    dp = p * (t - (p * t).sum(axis, keepdims=True))
+    dp = p * (t - _sum(p * t, axis))
     if variant == "product":
         return np.where(on, t * p + z * dp, 0)
     lo, unit, R = _factor(x_min, x_max)
     a = (z * unit - lo * unit) / R
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
-    dlo = (at_min * t).sum(axis, keepdims=True)
-    dhi = (at_max * t).sum(axis, keepdims=True)
+    dlo = _sum(at_min * t, axis)
+    dhi = _sum(at_max * t, axis)
     return np.where(on, (t - dlo - a * (dhi - dlo)) / R * unit * p + a * dp, 0)
 
 
@@ -338,6 +344,12 @@ def _shares(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple
         at_min / np.maximum(at_min.sum(axis, keepdims=True), 1),
         at_max / np.maximum(at_max.sum(axis, keepdims=True), 1),
     )
+
+
+def _sum(terms: Array, axis: int) -> Array:
+    """NumPy adds contiguous rows pairwise and others one by one: here no axis or layout changes the bits (R6)."""
+    rows = np.ascontiguousarray(np.moveaxis(terms, axis, -1))
+    return np.moveaxis(rows.sum(-1, keepdims=True), -1, axis)
 
 
 @_quiet

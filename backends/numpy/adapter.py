@@ -17,7 +17,7 @@ class Adapter:
     operations = OPERATIONS
     dtypes = ("float16", "bfloat16", "float32", "float64")
     devices = ("cpu",)
-    bitwise_rows = False  # NumPy chooses the order of a sum by the strides it meets
+    bitwise_rows = True
 
     def sa_softmax(self, x: Array, *, device: str, **options: Any) -> Array:
         return reference.sa_softmax(x, **options)

@@ -1,0 +1,139 @@
+"""Attention on JAX arrays, composed from the row operation."""
+
+import operator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
+from sa_softmax.backends.jax._softmax import JAX, participating, rows
+
+# The default precision rounds float32 factors to bfloat16 on TPUs and to TF32 on GPUs.
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def sa_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    variant: str = "normalized",
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row; materialises Y.
+
+    Differentiable in q, k, v and bias, and open to every transformation of JAX, as :func:`sa_softmax` is. Excluded
+    keys influence neither result nor gradient, whatever they hold.
+
+    Args:
+        q: (..., Hq, Tq, D). Hq is a multiple of Hkv; query head h reads key/value head h // (Hq // Hkv).
+        k: (..., Hkv, Tk, D).
+        v: (..., Hkv, Tk, Dv).
+        variant: "normalized" or "product".
+        bias: broadcasts to (..., Hq, Tq, Tk); added to the scores, so it changes the self-adjusting factor too.
+        mask: boolean, broadcasts to (..., Hq, Tq, Tk); True where a key participates.
+        is_causal: query i sees keys j <= i + q_offset only.
+        q_offset: 0 aligns the causal mask at the upper left, Tk - Tq at the lower right::
+
+            Tq=2, Tk=4, q_offset=0    q_offset=2
+                  1 0 0 0              1 1 1 0
+                  1 1 0 0              1 1 1 1
+
+        scale: factor of the scores, 1/sqrt(D) by default.
+
+    Returns:
+        (..., Hq, Tq, Dv) in the dtype of ``q``; 16-bit input is computed in float32 and rounded once. A query without
+        participating keys gets 0.
+
+    Raises:
+        TypeError: not floating JAX arrays of one dtype (``bias`` may also have the compute dtype), or a mask that is
+            not boolean.
+        ValueError: shapes, heads, mask or bias that do not fit, q_offset without is_causal, unknown variant.
+
+    Source: paper, SA-Softmax in attention; spec clauses A.
+    """
+    scale = check_attention(
+        JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale
+    )
+    return _sa_attention(q, k, v, bias, mask, scale, _to_int32(q_offset) if is_causal else None, variant)
+
+
+@partial(jax.jit, static_argnames="variant")
+def _sa_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: float,
+    q_offset: int | None,
+    variant: str,
+) -> jax.Array:
+    dtype = q.dtype
+    q, k, v = (array.astype(COMPUTE_DTYPE[dtype_name(array)]) for array in (q, k, v))
+    scores = (*q.shape[:-1], k.shape[-2])
+    x = scale * _qk(_by_kv_head(q, k), k).reshape(scores)
+    if bias is not None:
+        x = x + jnp.broadcast_to(bias.astype(x.dtype), scores)
+    if q_offset is not None:
+        causal = jnp.arange(scores[-1])[None] - jnp.arange(scores[-2])[:, None] <= q_offset
+        mask = causal if mask is None else jnp.broadcast_to(causal, scores) & jnp.broadcast_to(mask, scores)
+    x, on = participating(x, mask)
+    y = rows(x, on, x.ndim - 1, variant)
+    o = _yv(_by_kv_head(y, k), _poison(_by_kv_head(on, k), v), v).reshape(*q.shape[:-1], v.shape[-1])
+    # A query without keys sends on no gradient either, whatever it is sent.
+    return jnp.where(on.any(-1, keepdims=True), o, 0).astype(dtype)
+
+
+def _to_int32(q_offset: int) -> int:
+    """Any integer is allowed (A4); those that 32 bits do not hold exceed every length."""
+    return max(-(2**31), min(operator.index(q_offset), 2**31 - 1))
+
+
+def _by_kv_head(x: jax.Array, k: jax.Array) -> jax.Array:
+    """(..., Hq, Tq, n) as (..., Hkv, Hq / Hkv * Tq, n): the queries of a group are rows of one matrix product."""
+    *batch, heads, length, n = x.shape
+    kv_heads = k.shape[-3]
+    return x.reshape(*batch, kv_heads, heads // kv_heads * length, n)
+
+
+# The derivatives of the two products drop the NaN and infinities of keys and values, which would otherwise reach, as
+# 0 * NaN, the queries that exclude them (A6). Queries that do see them have NaN in y or in the gradient already.
+
+
+@jax.custom_jvp
+def _qk(q: jax.Array, k: jax.Array) -> jax.Array:
+    return _matmul(q, k.mT)
+
+
+@_qk.defjvp
+def _qk_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (q, k), (dq, dk) = primals, tangents
+    return _qk(q, k), _matmul(dq, _finite(k).mT) + _matmul(_finite(q), dk.mT)
+
+
+@jax.custom_jvp
+def _yv(y: jax.Array, poison: jax.Array, v: jax.Array) -> jax.Array:
+    return _matmul(y, _finite(v)) * poison
+
+
+@_yv.defjvp
+def _yv_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (y, poison, v), (dy, _, dv) = primals, tangents
+    return _yv(y, poison, v), _matmul(dy, _finite(v)) * poison + _matmul(y, dv)
+
+
+def _poison(on: jax.Array, v: jax.Array) -> jax.Array:
+    """The factor of each output, NaN if a participating v is not finite, else 1; it has no derivative."""
+    # Any precision counts zeros and ones right.
+    return jnp.where(jnp.matmul(on.astype(v.dtype), (~jnp.isfinite(v)).astype(v.dtype)) > 0, jnp.nan, 1)
+
+
+def _finite(v: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(v), v, 0)

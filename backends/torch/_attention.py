@@ -1,0 +1,134 @@
+"""Attention over the row operation on PyTorch tensors, with its gradient in closed form (spec clause A7).
+
+The two forms of the derivative are those of :mod:`sa_softmax.backends.torch._row`. The closed form keeps the inputs
+alone, and computes the Tq x Tk scores again in the backward pass.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sa_softmax.backends.torch import _row
+
+__all__ = ["autocast", "sa_attention"]
+
+
+def sa_attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+) -> Tensor:  # fmt: skip
+    """``offset`` is that of the causal mask, None without one."""
+    return _row.apply(_SAAttention, q, k, v, bias, mask, offset, scale, variant)
+
+
+def autocast(x: Any) -> Any:
+    """``x`` as autocast hands it to ``scaled_dot_product_attention``."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 and _autocasts(x.device):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would round the operands of the matrix products, which have the compute dtype (A10)."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+class _SAAttention(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor,
+        bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+    ) -> Tensor:  # fmt: skip
+        with _no_autocast(q.device):
+            s = _scores(q, k, v, bias, mask, offset, scale)
+            y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
+            o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
+        return _unfold(o, q).to(q.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.offset, ctx.scale, ctx.variant = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask = ctx.saved_tensors
+        with _no_autocast(q.device):
+            s = _scores(q, k, v, bias, mask, ctx.offset, ctx.scale)
+            do = _fold(do.to(s.z.dtype), k)
+            p = _row.softmax(s.z, s.on, -1)
+            y = _fold(_row.value(s.z, s.on, p, -1, ctx.variant), k)
+            dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, ctx.variant)
+            dx_ = _fold(dx, k)
+            # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
+            dq = _unfold(ctx.scale * (dx_ @ _finite(s.k)), q)
+            dk = ctx.scale * (dx_.mT @ _finite(s.q))
+            dv = _weigh(y.mT, _fold(s.on, k).mT, do)
+        # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
+        dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None, None, None
+
+
+class _Scores(NamedTuple):
+    """In the compute dtype: q folded, k, v, and the scores z (..., Hq, Tq, Tk), 0 where ``on`` is false."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    on: Tensor
+
+
+def _scores(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+) -> _Scores:
+    c = torch.promote_types(q.dtype, torch.float32)
+    keep = mask
+    if offset is not None:
+        i = torch.arange(q.shape[-2], device=q.device).unsqueeze(-1)
+        causal = torch.arange(k.shape[-2], device=q.device) <= i + offset
+        keep = causal if mask is None else causal & mask
+    q_, k_, v_ = _fold(q.to(c), k), k.to(c), v.to(c)
+    if keep is not None:
+        # A key that no query sees, of padding say, must not meet even the derivatives of the matrix products (A6).
+        seen = _fold(keep.expand(*q.shape[:-1], k.shape[-2]), k).any(-2).unsqueeze(-1)
+        k_, v_ = torch.where(seen, k_, 0), torch.where(seen, v_, 0)
+    x = _unfold((scale * q_) @ k_.mT, q)
+    if bias is not None:
+        x = x + bias.to(c)
+    return _Scores(q_, k_, v_, *_row.participating(x, keep))
+
+
+def _fold(x: Tensor, k: Tensor) -> Tensor:
+    """(..., Hq, Tq, n) as (..., Hkv, G Tq, n): the queries of a group in one matrix, so that k is not repeated (A3)."""
+    *batch, hq, tq, n = x.shape
+    hkv = k.shape[-3]
+    return x.reshape(*batch, hkv, hq // hkv * tq, n)
+
+
+def _unfold(x: Tensor, q: Tensor) -> Tensor:
+    *batch, hkv, _, n = x.shape
+    hq, tq = q.shape[-3:-1]
+    # In two steps, because torch.export cannot prove that one is a view.
+    return x.reshape(*batch, hkv, hq // hkv, tq, n).reshape(*batch, hq, tq, n)
+
+
+def _weigh(w: Tensor, on: Tensor, v: Tensor) -> Tensor:
+    """w @ v in which an excluded v never counts, not even as 0 * NaN (A6)."""
+    poison = on.to(w.dtype) @ (~torch.isfinite(v)).to(w.dtype)
+    # A factor rather than a selection, so that what PyTorch derives from this is NaN, too.
+    return (w @ _finite(v)) * torch.where(poison > 0, math.nan, torch.ones_like(poison))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(x), x, 0)
