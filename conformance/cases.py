@@ -317,14 +317,15 @@ def _independence_cases() -> Iterator[Case]:
             yield from _cases_of(record, f"{group}/kept-masked/{record.dtype}", ("R1",), _check_kept)
 
 
+def _only(name: str, x: Array, i: int) -> Array:
+    return x[i : i + 1].copy()
+
+
 def _check_alone(
     record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
     batch = call(backend, operation, record, variant, device)
-    rows = [
-        call(backend, operation, record, variant, device, lambda name, x, i=i: x[i : i + 1].copy())
-        for i in range(len(batch[0]))
-    ]
+    rows = [call(backend, operation, record, variant, device, partial(_only, i=i)) for i in range(len(batch[0]))]
     return _check_rows(record, variant, outputs, backend, _together(rows), batch)
 
 
@@ -396,19 +397,21 @@ def _error_cases() -> Iterator[Case]:
     for kind in ("int8", "int32", "int64", "uint8", "bool", "complex64", "complex128"):
         # A framework may narrow 64 bits on the way in, and not know complex128 at all.
         word = None if kind == "complex128" else kind.rstrip("0123456789")
-        for operation, name, arrays, options, named in (
+        refused: tuple[tuple[str, str, tuple[Array, ...], dict[str, Any], str | None], ...] = (
             ("sa_softmax", "row.errors/", (x,), row, word),
             ("sa_attention", "attention.errors/", (q, q, q), heads, word),
             ("sa_softmax_vjp", "row.errors/vjp-", (x, x), row, None),  # automatic differentiation may refuse it first
-        ):
+        )
+        for operation, name, arrays, options, named in refused:
             given = tuple(array.astype(kind) for array in arrays)
             check = partial(_check_error, operation, given, options, named)
             yield Case(f"{name}{kind}", ("D4",), operation, "float32", check)
-    for operation, name, arrays, options in (
+    unknown: tuple[tuple[str, str, tuple[Array, ...], dict[str, Any]], ...] = (
         ("sa_softmax_vjp", "row.errors/vjp-unknown-variant", (x, x), row),
         ("sa_attention", "attention.errors/unknown-variant", (q, q, q), heads),
         ("sa_attention_vjp", "attention.errors/vjp-unknown-variant", (q, q, q, q), heads),
-    ):
+    )
+    for operation, name, arrays, options in unknown:
         check = partial(_check_error, operation, arrays, options | {"variant": "plain"}, None)
         yield Case(name, ("R4",), operation, "float32", check)
     wrong_rows: dict[str, tuple[Array, dict[str, Any], str]] = {

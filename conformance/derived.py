@@ -34,14 +34,14 @@ class Derived(NamedTuple):
 
 def row_records() -> Iterator[Derived]:
     """The corner, tie and scale rows of each dtype in one array, in other company."""
+    yield _row("rows=70000", "float32", ("R1",), partial(_many, "float32", 70000))
+    yield _row("where-n=70001", "float32", ("R2", "C5", "G3", "G5"), partial(_spread, "float32", 70001, "where", 4))
     for dtype in DTYPES:
         for n in (40, 300, 1100, 5000):
             for form in ("where", "minus-inf"):
                 yield _row(f"{form}-n={n}", dtype, ("R2", "C5", "G3", "G5"), partial(_spread, dtype, n, form))
         yield _row("axis=0", dtype, ("R5", "C5", "G3"), partial(_along, dtype, 40, 0))
         yield _row("axis=1", dtype, ("R5", "C5", "G3"), partial(_along, dtype, 300, 1))
-    yield _row("rows=70000", "float32", ("R1",), partial(_many, "float32", 70000))
-    yield _row("where-n=70001", "float32", ("R2", "C5", "G3", "G5"), partial(_spread, "float32", 70001, "where", 4))
 
 
 def _row(name: str, dtype: str, clauses: tuple[str, ...], make: Callable[[], Record]) -> Derived:
@@ -176,7 +176,8 @@ def _at(array: Array, shape: tuple[int, ...], places: Places, fill: Any) -> Arra
     """``array`` at ``places`` of its last axes in an array of ``shape``."""
     out = np.empty(shape, array.dtype)
     out[...] = fill
-    out[(..., *np.ix_(*places))] = array
+    at: Any = (..., *np.ix_(*places))
+    out[at] = array
     return out
 
 
@@ -203,7 +204,7 @@ def _wider(record: Record, t: tuple[int, int], d: tuple[int, int], form: str) ->
         of_q = np.array([62, 63, 64, 65, 127, 128])
         of_k, options = of_q + 40, options | {"is_causal": True, "q_offset": 40}
     elif record.options.get("is_causal"):
-        keep = keep & np.tri(*scores[-2:], record.options.get("q_offset", 0), dtype=bool)
+        keep = keep & np.tri(scores[-2], scores[-1], record.options.get("q_offset", 0), dtype=bool)
 
     def grown(array: Array, rows: Array, columns: Array, n: int, m: int, fill: float) -> Array:
         """Zeros in the other columns, ``fill`` in the other rows."""

@@ -507,6 +507,14 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
         bias[0, 0, 0, 1] = bias[0, 0, 2, 3] = -big
         return bias
 
+    def overflowing_range(draw: Draw) -> Array:
+        bias = draw.bell(2, 3, 4)
+        bias[..., 1], bias[..., 3] = -big, big / 2
+        return bias
+
+    def small_v_and_do(q: Array, k: Array, v: Array, do: Array) -> None:
+        v[...], do[...] = v / 8, do / 8
+
     def plus_inf(draw: Draw) -> Array:
         bias = draw.bell(2, 4, 4)
         bias[0, 1, 2], bias[1, 2, 0] = inf, nan
@@ -555,6 +563,8 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("scale/1", "A1", scale=1.0, size=0.7, batch=(1,))
     yield make("scale/0", "A1", scale=0.0, batch=(1,))
     yield make("scale/0-with-bias", "A1", "A2", scale=0.0, bias=lambda draw: draw.bell(5, 7), batch=(1,))
+    yield make("scale/0-range-overflows", "A1", "A2", "A7", "C7", t=(3, 4), d=(2, 2), batch=(1,), scale=0.0,
+               bias=overflowing_range, change=small_v_and_do)  # fmt: skip
     yield make("scale/negative", "A1", scale=-0.75, batch=(1,))
     yield make("scale/saturated", "A1", scale=8.0, batch=(1,))
 
@@ -576,5 +586,5 @@ def _attention(dtype: str) -> Iterator[AttentionInput]:
     yield make("sign/all-positive", "A1", "A7", change=positive, batch=(1,))
     # An extremal score that is exactly 0: the smallest of the first queries, the largest of the last.
     yield make("sign/extremum-zero", "A1", "A7", "G4", t=(3, 4), d=(2, 2), batch=(1,), change=zero_key)
-    # Equal keys tie at every extremum: which twin gets dk is open, what dq, dv and the sum of dk over the keys are is not.
+    # Equal keys tie at every extremum: which twin gets dk is open, dq, dv and the sum of dk over the keys are not.
     yield make("ties/twin-keys", "A1", "A8", change=twins, compare=("o", "dq", "dk_sum", "dv"), batch=(1,))

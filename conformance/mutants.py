@@ -1,6 +1,7 @@
 """Wrong backends, each with one plausible mistake. The suite is judged by rejecting every one of them.
 
 A mutant is the reference with one of its parts replaced, or an adapter that mishandles what goes in or comes out.
+Those of :mod:`sa_softmax.conformance.kernel_mutants` are wrong for some sizes and layouts only.
 ``python -m sa_softmax.conformance.mutants`` runs the suite against all of them and prints what rejects each.
 """
 
@@ -56,7 +57,7 @@ class Mutant(Adapter):
 
 
 def mutants() -> dict[str, Backend]:
-    """A fresh set of all mutants by name."""
+    """A fresh set, by name, of the mutants that are wrong everywhere."""
     families = (_forward, _corners, _dtypes, _plumbing, _tails, _gradients, _attention, _attention_gradients)
     found = [mutant for family in families for mutant in family()]
     return {mutant.name: mutant for mutant in found}
@@ -1072,17 +1073,18 @@ class _SwappedGradients(Adapter):
 
 
 def main() -> None:
-    """Print how many cases reject each mutant, and the first of them."""
+    """Print the first case that rejects each mutant."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
-    from sa_softmax.conformance.runner import run
+    from sa_softmax.conformance.kernel_mutants import kernel_mutants
+    from sa_softmax.conformance.runner import execute
 
-    table = Table("mutant", "failed cases", "first")
-    for name, mutant in track(mutants().items(), description="mutants"):
-        failed = [result for result in run(mutant).results if result.status == "failed"]
-        table.add_row(name, str(len(failed)), failed[0].id if failed else "[red]survives[/]")
+    table = Table("mutant", "rejected by")
+    for name, mutant in track((mutants() | kernel_mutants()).items(), description="mutants"):
+        failed = (result.id for result in execute(mutant) if result.status == "failed")
+        table.add_row(name, next(failed, "[red]nothing: it survives[/]"))
     Console().print(table)
 
 

@@ -163,8 +163,9 @@ def attention(
         x_err[at] = [root_d * abs(t).sum() for t in terms]
         if bias is not None:
             b = np.broadcast_to(bias, scores)[index]
+            rounded = x[at] != 0  # a bias added to a score of exactly 0 is exact
             x[at] = x[at] + b[at]
-            x_err[at] = x_err[at] + abs(x[at]) + abs(b[at])
+            x_err[at] = x_err[at] + np.where(rounded, abs(x[at]) + abs(b[at]), zero)
         on[at] = [score != -mp.inf for score in x[at]]
         at = np.flatnonzero(on)
         x_err[~on] = zero

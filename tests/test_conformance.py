@@ -20,6 +20,7 @@ from sa_softmax.backends.numpy.adapter import Adapter
 from sa_softmax.conformance import GoldenDataError, cases, execute, generate, golden, load, oracle, run
 from sa_softmax.conformance.cases import Mismatch, compare
 from sa_softmax.conformance.inputs import LENGTHS, RowInput
+from sa_softmax.conformance.kernel_mutants import kernel_mutants
 from sa_softmax.conformance.mutants import mutants
 
 mp = oracle.mp
@@ -43,9 +44,21 @@ def test_mutant_is_rejected(name: str) -> None:
     assert any(result.status == "failed" for result in execute(mutant)), f"no case rejects {name}"
 
 
+@pytest.mark.parametrize("name", kernel_mutants())
+def test_kernel_mutant_is_rejected_for_a_wrong_answer(name: str) -> None:
+    mutant = kernel_mutants()[name]
+    for case in reversed(cases()):  # the large cases come late
+        try:
+            case.check(mutant, "cpu")
+        except Mismatch:
+            return
+    raise AssertionError(f"no case rejects {name}")
+
+
 def test_there_are_many_mutants_and_each_differs_from_the_reference() -> None:
-    assert len(mutants()) >= 40
-    assert all(isinstance(mutant, Adapter) for mutant in mutants().values())
+    everything = mutants() | kernel_mutants()
+    assert len(everything) == len(mutants()) + len(kernel_mutants()) >= 200
+    assert all(isinstance(mutant, Adapter) for mutant in everything.values())
 
 
 def plain_softmax(record: golden.Record, variant: str) -> dict[str, Any]:
