@@ -203,7 +203,11 @@ def call(
     for name, array in values.items():
         if array.tobytes() != before[name]:
             raise Mismatch(f"the input {name} was changed in place")
-    return result if isinstance(result, tuple) else (result,)
+    if operation.startswith("sa_softmax") or operation == "sa_attention":
+        return (result,)
+    if not isinstance(result, tuple):
+        raise Mismatch(f"{operation} must return the tuple (dq, dk, dv, dbias); got {type(result).__name__}")
+    return result
 
 
 # Layouts: the same values, other strides (R6).

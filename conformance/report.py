@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,16 +25,20 @@ def print_report(report: Report, console: Console) -> None:
     """Print the table of a run, its first failures with their clauses, and the verdict."""
     console.print(_table(report))
     failed = [result for result in report.results if result.status == "failed"]
-    for result in failed[:_SHOWN_FAILURES]:
-        console.print(f"[red]failed[/] {result.id} [dim](clauses {', '.join(result.clauses)})[/]")
-        console.print(f"       {result.message}", markup=False, highlight=False)
-    if len(failed) > _SHOWN_FAILURES:
-        console.print(f"... and {len(failed) - _SHOWN_FAILURES} more; --report FILE.json lists them all")
+    alike: dict[str, list[Result]] = {}
+    for result in failed:
+        alike.setdefault(result.message, []).append(result)
+    for message, results in list(alike.items())[:_SHOWN_FAILURES]:
+        more = f" and {len(results) - 1} more" if len(results) > 1 else ""
+        console.print(f"[red]failed[/] {results[0].id}{more} [dim](clauses {_clauses(results)})[/]")
+        console.print(f"       {message}", markup=False, highlight=False)
+    shown = sum(len(results) for results in list(alike.values())[:_SHOWN_FAILURES])
+    if len(failed) > shown:
+        console.print(f"... and {len(failed) - shown} more; --report FILE.json lists them all")
     for problem in report.problems:
         console.print(f"[red]problem[/] {problem}")
     if failed:
-        clauses = sorted({clause for result in failed for clause in result.clauses})
-        console.print(f"clauses of docs/spec.md touched by failures: {', '.join(clauses)}")
+        console.print(f"clauses of docs/spec.md touched by failures: {_clauses(failed)}")
     counts = ", ".join(
         f"{report.count(status)} {name}"
         for status, name in (
@@ -47,6 +52,10 @@ def print_report(report: Report, console: Console) -> None:
     closest = f"; closest to its bound: {worst.id} at {worst.error:.2f}" if worst and worst.error else ""
     verdict = "[green]conforms[/]" if report.ok else "[red]does not conform[/]"
     console.print(f"{report.backend} on {report.device} {verdict} to spec {report.spec_version}: {counts}{closest}")
+
+
+def _clauses(results: Iterable[Result]) -> str:
+    return ", ".join(sorted({clause for result in results for clause in result.clauses}))
 
 
 def matrix(reports: Sequence[Report]) -> Table:
@@ -63,19 +72,20 @@ def matrix(reports: Sequence[Report]) -> Table:
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=f"{report.backend} ({report.version}, {report.implementation}) on {report.device}")
+    title = f"{report.backend} ({report.version}, {report.implementation}) on {report.device}"
+    table = Table(title=title, box=box.SIMPLE)  # fits 80 columns
     table.add_column("group", no_wrap=True)
-    for title in ("passed", "failed", "expected", "skipped", "worst forward", "worst gradient"):
+    for title in ("passed", "failed", "expected", "skipped", "worst\nforward", "worst\ngradient"):
         table.add_column(title, justify="right")
     for group in _groups():
         results = _of(report, group)
-        row = [
+        cells = [
             str(sum(result.status == status for result in results) or "")
             for status in ("passed", "failed", "expected", "skipped")
         ]
         for part in ("forward", "vjp"):
-            row.append(_worst(result for result in results if result.id.endswith(f"/{part}")))
-        table.add_row(group, *row, style="red" if row[1] else "")
+            cells.append(_worst(result for result in results if result.id.endswith(f"/{part}")))
+        table.add_row(group, *cells, style="red" if cells[1] else "")
     table.caption = "worst: largest error among the passed cases, in units of its bound"
     return table
 

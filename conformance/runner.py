@@ -1,11 +1,13 @@
 """Run the suite against a backend and say what came of it."""
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -82,21 +84,46 @@ def load(name: str) -> Backend:
     Raises ValueError for an unknown name or an object that does not meet the protocol, ImportError with the extra to
     install for a framework that is missing.
     """
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a console script does not search the folder that it runs in
-        try:
-            target = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"cannot load {name!r}: {error}. The form is module:attribute, importable from the current folder"
-            ) from error
-        backend = target() if callable(target) else target
-    else:
-        backend = backends.get(name).adapter()
+    backend = _own(name) if ":" in name else backends.get(name).adapter()
     _check_protocol(backend, name)
     return backend
+
+
+def _own(name: str) -> Any:
+    """The object at ``module:attribute``; ValueError says what stands in the way, and where."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script does not search the folder that it runs in
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ValueError(
+                f"cannot load {name!r}: there is no module {error.name!r}, neither in the current folder nor installed"
+            ) from error
+        raise ValueError(f"cannot load {name!r}: its module needs {error.name!r}, which is not installed") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ValueError(f"cannot load {name!r}: importing {module} raised {_said(error, module)}") from error
+    if not hasattr(found, attribute):
+        hint = "; did you mean Adapter?" if hasattr(found, "Adapter") else ""
+        raise ValueError(f"cannot load {name!r}: {module} has no attribute {attribute!r}{hint}")
+    target = getattr(found, attribute)
+    if not callable(target):
+        return target
+    try:
+        return target()
+    except Exception as error:
+        raise ValueError(
+            f"cannot load {name!r}: {attribute}() raised {_said(error, module)}. It is called without arguments"
+        ) from error
+
+
+def _said(error: Exception, module: str) -> str:
+    """The error, and the last line of the user's own module that led to it."""
+    spec = importlib.util.find_spec(module)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if spec and frame.filename == spec.origin]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def run(
@@ -202,18 +229,22 @@ def _device(backend: Backend, device: str | None) -> str:
 
 
 def _check_protocol(backend: Any, name: str) -> None:
-    needed = ("name", "operations", "dtypes", "devices")
-    missing = [attribute for attribute in needed if not hasattr(backend, attribute)]
-    if not missing:
-        missing = [operation for operation in backend.operations if not callable(getattr(backend, operation, None))]
-        unknown = (set(backend.operations) - set(OPERATIONS)) | (set(backend.dtypes) - set(DTYPES))
-        if unknown:
-            known = ", ".join((*OPERATIONS, *DTYPES))
-            raise ValueError(
-                f"{name} declares {', '.join(sorted(unknown))}, which the suite does not know; known: {known}"
-            )
+    see = "see sa_softmax.backends.protocol.Backend"
+    missing = [
+        attribute for attribute in ("name", "operations", "dtypes", "devices") if not hasattr(backend, attribute)
+    ]
     if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; see sa_softmax.backends.protocol.Backend")
+        raise ValueError(f"{name} lacks {', '.join(missing)}; {see}")
+    for attribute, known in (("operations", OPERATIONS), ("dtypes", DTYPES), ("devices", None)):
+        declared = getattr(backend, attribute)
+        if isinstance(declared, str) or not isinstance(declared, Sequence) or not declared:
+            raise ValueError(f"{name}.{attribute} must be a tuple with at least one name; got {declared!r}; {see}")
+        unknown = [] if known is None else [str(item) for item in declared if item not in known]
+        if unknown and known is not None:
+            raise ValueError(f"{name}.{attribute} holds {', '.join(unknown)}; the suite knows {', '.join(known)}")
+    for operation in backend.operations:
+        if not callable(getattr(backend, operation, None)):
+            raise ValueError(f"{name} declares {operation} in operations, but has no such method; {see}")
 
 
 def _expectations(path: Path) -> dict[str, str]:

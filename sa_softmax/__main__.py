@@ -60,6 +60,8 @@ def _app() -> Callable[[], None]:
         from sa_softmax.conformance import GoldenDataError, load, run
         from sa_softmax.conformance.report import print_report, progress
 
+        if report is not None and not report.parent.is_dir():
+            raise fail(ValueError(f"--report {report}: there is no folder {report.parent}. Make it first"))
         try:
             tested = load(backend)
             result = run(tested, device=device, expect=expect, progress=progress(f"conformance of {backend}", console))

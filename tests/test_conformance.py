@@ -1,11 +1,13 @@
 """The suite itself: the right backends pass, every wrong one is rejected, and nothing passes by accident."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -214,7 +216,7 @@ class WrongForIntegers(Adapter):
     name = "wrong-for-integers"
 
     def sa_softmax(self, x: Any, **options: Any) -> Any:
-        return super().sa_softmax(x.astype(np.float32) if x.dtype.kind == "i" else x, **options)
+        return super().sa_softmax(x.astype(np.float32) if x.dtype == np.int32 else x, **options)
 
 
 def test_undeclared_capabilities_are_skipped_in_plain_sight() -> None:
@@ -291,8 +293,8 @@ def test_an_exception_is_a_failure_that_names_itself() -> None:
     ("name", "message"),
     [
         ("nope", "unknown backend 'nope'; known: numpy, torch"),
-        ("no_such_module:Adapter", "cannot load"),
-        ("sa_softmax.backends.numpy.adapter:Missing", "cannot load"),
+        ("no_such_module:Adapter", "there is no module 'no_such_module', neither in the current folder"),
+        ("sa_softmax.backends.numpy.adapter:Missing", "has no attribute 'Missing'; did you mean Adapter"),
         ("builtins:object", "lacks name, operations, dtypes, devices"),
     ],
 )
@@ -301,12 +303,46 @@ def test_a_backend_that_cannot_be_loaded_is_a_clear_error(name: str, message: st
         load(name)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def Adapter(:", r"importing bad_backend raised SyntaxError: .*bad_backend.py"),
+        ("import not_installed_at_all", "its module needs 'not_installed_at_all', which is not installed"),
+        ("import numpy\nnumpy.no_such", r"importing bad_backend raised AttributeError: .*bad_backend.py:2"),
+        ("def Adapter(device): pass", r"Adapter\(\) raised TypeError: .*It is called without arguments"),
+        ("class Adapter:\n def __init__(self): raise OSError('no GPU')", r"raised OSError: no GPU .*bad_backend.py:2"),
+        ("", "has no attribute 'Adapter'"),
+        ("operations = ()", r"operations must be a tuple with at least one name; got \(\)"),
+        ("operations = 'sa_softmax'", "operations must be a tuple with at least one name; got 'sa_softmax'"),
+        ("devices = ()", r"devices must be a tuple with at least one name; got \(\)"),
+        (
+            "operations = ('sa_softmax', 'softmax')",
+            "operations holds softmax; the suite knows sa_softmax, sa_softmax_vjp",
+        ),
+        ("operations = ('sa_softmax', 'sa_attention')", "declares sa_attention in operations, but has no such method"),
+    ],
+)
+def test_a_module_of_ones_own_that_cannot_be_used_is_told_in_one_line(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source[:4] in ("oper", "devi"):
+        head = "class Adapter:\n name, operations, dtypes, devices = 'own', ('sa_softmax',), ('float32',), ('cpu',)\n"
+        source = f"{head} sa_softmax = print\n {source}\n"
+    (tmp_path / "bad_backend.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad_backend", raising=False)
+    with pytest.raises(ValueError, match=message) as caught:
+        load("bad_backend:Adapter")
+    assert "\n" not in str(caught.value)
+    sys.modules.pop("bad_backend", None)
+
+
 def test_unknown_capability_and_device_are_clear_errors() -> None:
     with pytest.raises(ValueError, match="has the devices cpu; got 'cuda'"):
         run(Adapter(), device="cuda")
     sys.modules["declares_too_much"] = type(sys)("declares_too_much")
     sys.modules["declares_too_much"].backend = lambda: Declared(dtypes=("float8",))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="declares float8, which the suite does not know"):
+    with pytest.raises(ValueError, match="dtypes holds float8; the suite knows float16"):
         load("declares_too_much:backend")
 
 
@@ -328,6 +364,28 @@ def test_command_line_reports_and_exits(tmp_path: Path) -> None:
     assert report["counts"]["passed"] == len(report["results"]) == len(cases())
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
+    result = invoke("conformance", "--backend", "numpy", "--report", str(tmp_path / "missing" / "report.json"))
+    assert result.exit_code == 2
+    assert "conforms" not in result.output
+    assert "there is no folder" in " ".join(result.stderr.split())
+
+
+class InTuple(Adapter):
+    name = "tuple"
+
+    def sa_softmax(self, x: Any, **options: Any) -> Any:
+        return (super().sa_softmax(x, **options),)
+
+
+def test_a_lone_result_in_a_tuple_is_refused_and_failures_of_one_kind_are_told_once() -> None:
+    result = invoke("conformance", "--backend", "test_conformance:InTuple")
+    assert result.exit_code == 1
+    assert result.output.count("y must be a NumPy array; got tuple") == 1
+    assert " more (clauses " in " ".join(result.output.split())
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
 def test_command_line_fails_for_a_wrong_backend() -> None:
     result = invoke("conformance", "--backend", "test_conformance:WrongForIntegers")
     assert result.exit_code == 1
@@ -342,7 +400,9 @@ def test_command_line_says_what_cannot_run(arguments: tuple[str, ...]) -> None:
 
 def test_command_line_names_the_extra_of_a_missing_framework(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Entry, "installed", lambda self: self.name == "numpy")
-    result = invoke("conformance", "--backend", "torch")
+    absent = ModuleNotFoundError("No module named 'torch'")
+    with mock.patch.object(importlib, "import_module", side_effect=absent):
+        result = invoke("conformance", "--backend", "torch")
     assert result.exit_code == 2
     assert "pip install 'sa-softmax[torch]'" in result.stderr
     listing = invoke("backends")
