@@ -1,5 +1,6 @@
 """The code in README and guides runs and does what the text says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,3 +43,13 @@ def test_the_readme_counts_what_is_there() -> None:
     assert f"with {len(conformance.cases())} cases" in README
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", README + GUIDE.replace("../", "")):
         assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "conformance").glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_reports_are_of_this_suite_and_the_readme_tells_their_counts(path: Path) -> None:
+    report = json.loads(path.read_text())
+    assert report["golden_sha256"] == conformance.golden.digest()
+    assert [result["id"] for result in report["results"]] == [case.id for case in conformance.cases()]
+    assert report["counts"]["failed"] == report["counts"]["expected"] == len(report["problems"]) == 0
+    (row,) = re.findall(rf"^\| {path.stem}\b.*$", README, re.MULTILINE)
+    assert f"| {report['counts']['passed']} |" in row
