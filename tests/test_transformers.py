@@ -18,7 +18,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from sa_softmax import reference  # noqa: E402
-from sa_softmax.backends.torch.transformers import IMPLEMENTATIONS, _attend, convert, register  # noqa: E402
+from sa_softmax.backends.torch.transformers import (  # noqa: E402
+    IMPLEMENTATIONS,
+    WithPast,
+    _attend,
+    convert,
+    register,
+)
 
 register()
 transformers.logging.set_verbosity_error()
@@ -544,3 +550,71 @@ def test_exported_for_any_batch_and_length(name: str) -> None:
     program = torch.export.export(model, (), inputs | options, dynamic_shapes=shapes | dict.fromkeys(options))
     other = {"input_ids": tokens(3, 11), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     assert_close(program.module()(**other, **options).logits, model(**other, **options).logits)
+
+
+def greedy(step: Callable[..., Any], ids: Any, mask: Any, past: list[Any], count: int) -> Any:
+    """The tokens that follow, from a function of ids, mask, positions and past: a prefill, then steps of one token."""
+    new = ids
+    for _ in range(count):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        logits, past = step(new, mask, positions, past)
+        new = logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_past_as_tensors_decodes_as_generate_does(name: str) -> None:
+    model = make(name)
+    function = WithPast(model)
+    ids, mask = tokens(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    *_, empty = function.example(2, 5, past=0)
+    with torch.no_grad():
+        assert torch.equal(
+            greedy(function, ids, mask, empty, 6),
+            model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False),
+        )
+        assert [x.shape for x in function(*function.example(3, 2, 4))[1]] == [
+            x.shape for x in function.example(3, 0, 6)[3]
+        ]
+
+
+def test_models_without_such_a_past_are_refused() -> None:
+    for name in ("t5", "bert"):
+        with pytest.raises(ValueError, match="decoder-only"):
+            WithPast(make(name))
+    mamba = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="must cache keys and values"):
+        WithPast(transformers.AutoModelForCausalLM.from_config(mamba))
+
+
+@pytest.mark.filterwarnings("default")
+def test_one_onnx_file_prefills_and_decodes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = make("llama").float()
+    function = WithPast(model)
+    path = tmp_path / "llama.onnx"
+    torch.onnx.export(
+        function, function.example(), path, dynamo=True, dynamic_shapes=function.dynamic_shapes(),
+        input_names=function.input_names, output_names=function.output_names,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(path)
+    assert [x.name for x in session.get_inputs()] == function.input_names
+    assert [x.name for x in session.get_outputs()] == function.output_names
+
+    def step(ids: Any, mask: Any, positions: Any, past: list[Any]) -> tuple[Any, list[Any]]:
+        arguments = [x.numpy() for x in (ids, mask, positions, *past)]
+        out = [torch.from_numpy(x) for x in session.run(None, dict(zip(function.input_names, arguments, strict=True)))]
+        with torch.no_grad():
+            logits, present = function(ids, mask, positions, past)
+        for actual, expected in zip(out, (logits, *present), strict=True):
+            assert_close(actual, expected)
+        return out[0], out[1:]
+
+    for batch in (1, 3):
+        ids, mask = tokens(batch, 5), torch.ones(batch, 5, dtype=torch.long)
+        mask[0, :2] = 0
+        *_, empty = function.example(batch, 5, past=0)
+        tokens_out = greedy(step, ids, mask, empty, 4)
+        assert torch.equal(tokens_out, model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))

@@ -17,12 +17,12 @@ from weakref import WeakSet
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from sa_softmax.backends.torch import sa_attention, sa_softmax
 
-__all__ = ["IMPLEMENTATIONS", "Change", "convert", "register"]
+__all__ = ["IMPLEMENTATIONS", "Change", "WithPast", "convert", "register"]
 
 IMPLEMENTATIONS = {"sa_softmax": "normalized", "sa_softmax_product": "product"}
 """The values of ``attn_implementation`` that :func:`register` adds, and the variant that each of them computes."""
@@ -164,6 +164,92 @@ def _change(implementation: str, before: Any, after: dict[str, Tensor]) -> Chang
     ((name, x),), ((_, y),) = before.items(), after.items()
     agreement = (x.argmax(-1) == y.argmax(-1)).double().mean().item() if name == "logits" else None
     return Change(implementation, ((y - x).norm() / x.norm()).item(), (y - x).abs().max().item(), agreement)
+
+
+class WithPast(nn.Module):
+    """A causal language model as a function of tensors alone, for torch.export and ONNX.
+
+    The keys and values of the past go in and come out as tensors, so one graph serves the prefill, with a past of
+    length 0, and each step of decoding::
+
+        model = WithPast(AutoModelForCausalLM.from_pretrained(path))
+        torch.onnx.export(model, model.example(), "model.onnx", dynamo=True, dynamic_shapes=model.dynamic_shapes(),
+                          input_names=model.input_names, output_names=model.output_names)
+
+    Args:
+        model: a decoder-only model whose layers all cache keys and values. It is set to evaluation mode.
+
+    Attributes:
+        input_names: input_ids, attention_mask, position_ids, past_key_values.0.key, past_key_values.0.value, ...
+        output_names: logits, present.0.key, present.0.value, ...
+        past_shapes: (Hkv, D) of each tensor of the past, keys and values of a layer in turn.
+
+    Raises:
+        ValueError: a model that is not decoder-only, or keeps a state of another kind in a layer.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise ValueError(f"model must be a decoder-only language model; got {type(model).__name__}")
+        self.model = model
+        self.train(False)
+        with torch.no_grad():
+            outputs = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+        layers = getattr(outputs.get("past_key_values"), "layers", [])
+        states = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        past = [x for x in states if isinstance(x, Tensor) and x.ndim == 4]
+        if not past or len(past) < len(states):
+            raise ValueError(f"every layer of {type(model).__name__} must cache keys and values; some do not")
+        self.past_shapes = [(x.shape[1], x.shape[3]) for x in past]
+        pairs = [f"{layer}.{kind}" for layer in range(len(layers)) for kind in ("key", "value")]
+        self.input_names = [
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            *(f"past_key_values.{pair}" for pair in pairs),
+        ]
+        self.output_names = ["logits", *(f"present.{pair}" for pair in pairs)]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The logits of new tokens, and the past with them.
+
+        Args:
+            input_ids: (B, T) integers, the new tokens.
+            attention_mask: (B, P + T) integers, 0 where past or new tokens are padding.
+            position_ids: (B, T) integers, the positions of the new tokens, padding not counted.
+            past: (B, Hkv, P, D) for keys and values of each layer in turn.
+
+        Returns:
+            Logits (B, T, vocabulary), and (B, Hkv, P + T, D) for keys and values of each layer.
+        """
+        cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
+        )
+        return outputs.logits, [x for layer in outputs.past_key_values.layers for x in (layer.keys, layer.values)]
+
+    def example(self, batch: int = 2, length: int = 3, past: int = 4) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Arguments of :meth:`forward`, to trace it with. Sizes of 0 and 1 would be taken for constants."""
+        device, dtype = self.model.device, self.model.dtype
+        return (
+            torch.zeros(batch, length, dtype=torch.long, device=device),
+            torch.ones(batch, past + length, dtype=torch.long, device=device),
+            torch.arange(past, past + length, device=device).repeat(batch, 1),
+            [torch.zeros(batch, heads, past, dim, device=device, dtype=dtype) for heads, dim in self.past_shapes],
+        )
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """The ``dynamic_shapes`` that torch.export and torch.onnx.export need for any batch, length and past."""
+        batch, length, past, total = (torch.export.Dim(name) for name in ("batch", "length", "past", "total"))
+        return (
+            {0: batch, 1: length},
+            {0: batch, 1: total},
+            {0: batch, 1: length},
+            [{0: batch, 2: past} for _ in self.past_shapes],
+        )
 
 
 # The attention function and the mask function.
@@ -346,7 +432,7 @@ def _get_correct_attn_implementation(
             raise ValueError(
                 f"the config of {type(model).__name__} says that it was trained with {trained!r} ({recorded} SA "
                 f"attention), but attn_implementation={requested_attention!r} was requested, which computes something "
-                f"else. Load it with {trained!r}; to change it on purpose, call set_attn_implementation once it is loaded"
+                f"else. Load it with {trained!r}; to change it on purpose, call set_attn_implementation afterwards"
             )
     if requested_attention in IMPLEMENTATIONS:
         _check_interface(model)
@@ -384,7 +470,7 @@ def _wanted(config: PreTrainedConfig, choice: str | dict[str, Any] | None) -> di
 def _check_interface(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} of Transformers {transformers.__version__} does not dispatch through the "
-            "attention interface, so it would go on with softmax. Choose an architecture that does; a class of your own must be "
-            "defined in a file, since Transformers reads its source to tell"
+            f"{type(model).__name__} of Transformers {transformers.__version__} does not dispatch through its "
+            "attention interface: it would go on with softmax. Choose an architecture that does; "
+            "a class of your own must be defined in a file, since Transformers reads its source to tell"
         )
