@@ -176,8 +176,8 @@ def test_a_cache_changes_nothing(name: str) -> None:
         assert_close(torch.cat(parts, 1), full)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert"])
-@pytest.mark.parametrize("side", ["left", "right"])
+# Not BERT on the left, where padding shifts its absolute positions.
+@pytest.mark.parametrize(("name", "side"), [*((n, s) for n in DECODERS for s in ("left", "right")), ("bert", "right")])
 def test_padding_changes_nothing(name: str, side: str) -> None:
     model, ids = make(name), tokens(2, 5)
     plain = model(ids, attention_mask=torch.ones_like(ids)).logits
@@ -189,8 +189,6 @@ def test_padding_changes_nothing(name: str, side: str) -> None:
     inputs = {"input_ids": padded, "attention_mask": mask}
     if name != "bert":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    elif left:
-        pytest.skip("BERT's absolute positions shift with padding on the left")
     assert_close(model(**inputs).logits[mask.bool()].view_as(plain), plain)
 
 
@@ -219,11 +217,33 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     assert_close(packed, torch.cat([model(a).logits, model(b).logits], 1))
 
 
-def test_a_model_made_bidirectional_sees_every_token() -> None:
-    model, ids = make("llama", is_causal=False), tokens(1, 6)
+def test_a_decoder_made_bidirectional_sees_every_token() -> None:
+    ids = tokens(1, 6)
     changed = ids.clone()
     changed[0, -1] = 1
-    assert (model(ids).logits[0, 0] - model(changed).logits[0, 0]).abs().max() > 1e-6
+    for model, options in ((make("llama", is_causal=False), {}), (make("llama"), {"is_causal": False})):
+        moved = model(ids, **options).logits - model(changed, **options).logits
+        assert (moved[0, 0].abs() > 1e-6).any()
+    assert (make("llama")(ids).logits[0, 0] == make("llama")(changed).logits[0, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_models_always_make_a_boolean_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None would mean one thing in the prefill of a static cache, another in decoding, a third in an encoder."""
+    masks = []
+
+    def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        masks.append(attention_mask)
+        return _attend(module, "normalized", query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sa_softmax", record)
+    model, ids = make(name), tokens(1, 4)
+    model(ids)
+    if name != "bert":
+        model(ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=9))
+        model(ids[:, :1], use_cache=False)
+    assert len(masks) == (2 if name == "bert" else 6)
+    assert all(mask.dtype == torch.bool and mask.ndim == 4 for mask in masks)
 
 
 def test_16_bits_follow_float32() -> None:
@@ -243,22 +263,22 @@ class Module(torch.nn.Module):
     is_causal = False
 
 
-def attend(mask: Any = None, *, variant: str = "normalized", **kwargs: Any) -> tuple[Any, Any]:
-    """Query 0 of batch 0 has no key. Two key heads serve four query heads."""
-    q, k, v = (torch.randn(2, h, t, 3, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-               for h, t in ((4, 5), (2, 6), (2, 6)))  # fmt: skip
-    out, weights = _attend(Module().eval(), variant, q, k, v, mask, **kwargs)
-    bias = kwargs.get("position_bias")
-    return out, lambda keep, extra=None: torch.from_numpy(
-        reference.sa_attention(
-            q.numpy(), k.numpy(), v.numpy(), variant=variant, mask=None if keep is None else keep.numpy(),
-            bias=None if extra is None and bias is None else sum(b for b in (extra, bias) if b is not None).numpy(),
-        )
-    ).transpose(1, 2) if weights is None else weights  # fmt: skip
+def attend(mask: Any = None, *, variant: str = "normalized", queries: int = 5, **kwargs: Any) -> tuple[Any, Any]:
+    """The output, and a function from mask and bias to the reference's. Two key heads serve four query heads."""
+    shapes = (2, 4, queries, 3), (2, 2, 6, 3), (2, 2, 6, 3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+    def expected(keep: Any, bias: Any = None) -> Any:
+        options = {key: None if x is None else x.numpy() for key, x in (("mask", keep), ("bias", bias))}
+        out = reference.sa_attention(q.numpy(), k.numpy(), v.numpy(), variant=variant, **options)
+        return torch.from_numpy(out).transpose(1, 2)
+
+    return _attend(Module().eval(), variant, q, k, v, mask, **kwargs)[0], expected
 
 
 KEEP = torch.rand(2, 1, 5, 6, generator=torch.Generator().manual_seed(5)) < 0.6
-KEEP[0, 0, 0] = False
+KEEP[0, 0, 0] = False  # a query without keys
 BIAS = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
 
 
@@ -285,17 +305,18 @@ def test_other_additive_values_are_bias() -> None:
 
 def test_position_bias_joins_the_scores_and_the_mask() -> None:
     out, expected = attend(KEEP, position_bias=BIAS)
-    assert_close(out, expected(KEEP))
-    out, expected = attend(BIAS.masked_fill(~KEEP, -math.inf), position_bias=BIAS)
     assert_close(out, expected(KEEP, BIAS))
+    out, expected = attend(BIAS.masked_fill(~KEEP, -math.inf), position_bias=BIAS)
+    assert_close(out, expected(KEEP, 2 * BIAS))
 
 
 def test_no_mask_is_upper_left_causal_or_everything() -> None:
     causal = torch.ones(5, 6, dtype=torch.bool).tril()
     out, expected = attend(None, is_causal=True)
     assert_close(out, expected(causal))
-    out, expected = attend(None)  # the module says that it is not causal
-    assert_close(out, expected(None))
+    for options in ({}, {"is_causal": True, "queries": 1}):  # the module is not causal; decoding one token
+        out, expected = attend(None, **options)
+        assert_close(out, expected(None))
 
 
 def test_weights_are_y() -> None:
@@ -406,6 +427,7 @@ def test_the_choice_can_be_changed_on_purpose(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "softmax")
     assert "sa_softmax" not in (tmp_path / "softmax" / "config.json").read_text()
     assert transformers.AutoModel.from_pretrained(tmp_path / "softmax").config._attn_implementation == "sdpa"
+    assert transformers.AutoModel.from_config(model.config).config._attn_implementation == "sdpa"
 
 
 def test_one_config_makes_models_of_every_kind() -> None:
