@@ -114,9 +114,9 @@ def convert(
         The :class:`Change` of the logits, or of the last hidden state; None without ``inputs``.
 
     Raises:
-        ValueError: unknown implementation, a model without the interface, outputs without logits and hidden state, or
-            a run in which nothing moved, so that no attention can have been switched; what the attention itself refuses
-            (see :func:`register`). The model is then left as it was.
+        ValueError: unknown implementation, or the one that runs already; a model without the interface; outputs
+            without logits and hidden state; a run in which nothing moved, so that no attention can have been switched;
+            what the attention itself refuses (see :func:`register`). The model is then left as it was.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -124,13 +124,18 @@ def convert(
         )
     register()
     previous = model.config._attn_implementation
+    if previous == implementation:
+        raise ValueError(
+            f"{type(model).__name__} already runs {implementation!r}. If it should not: from_config writes the "
+            "implementation into the config it is given, for every model made from it later. Name one each time"
+        )
     before = None if inputs is None else _output(model, inputs)
     change = None
     try:
         model.set_attn_implementation(implementation)
         if inputs is not None:
             change = _change(implementation, before, _output(model, inputs))
-            if change.largest == 0 and previous != implementation:
+            if change.largest == 0:
                 raise ValueError(
                     f"{type(model).__name__} computes the same outputs under {previous!r} and {implementation!r}: no "
                     "attention of it can have been switched. Pass inputs of more than one token"
