@@ -129,6 +129,8 @@ def convert(
             f"{type(model).__name__} already runs {implementation!r}. If it should not: from_config writes the "
             "implementation into the config it is given, for every model made from it later. Name one each time"
         )
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    implementations = [config._attn_implementation for config in configs]
     before = None if inputs is None else _output(model, inputs)
     change = None
     try:
@@ -141,7 +143,8 @@ def convert(
                     "attention of it can have been switched. Pass inputs of more than one token"
                 )
     except Exception:
-        model.set_attn_implementation(previous)
+        for config, name in zip(configs, implementations, strict=True):
+            config._attn_implementation_internal = name
         raise
     warnings.warn(
         f"{type(model).__name__} now runs {implementation!r}. A model that was trained with another attention does not "
@@ -406,19 +409,28 @@ def _to_dict(original: Callable[..., dict[str, Any]], config: PreTrainedConfig) 
     selection = _selection(config)
     if selection is not None:
         output["attn_implementation"] = selection
-    if config._attn_implementation in IMPLEMENTATIONS:
-        output[_RECORD] = IMPLEMENTATIONS[config._attn_implementation]
+    if (own := _own(config)) is not None:
+        output[_RECORD] = IMPLEMENTATIONS[own]
     return output
 
 
 def _selection(config: PreTrainedConfig) -> str | dict[str, Any] | None:
     """The value of ``attn_implementation`` that brings SA attention back: a name, or one for each part that has it."""
-    own = config._attn_implementation if config._attn_implementation in IMPLEMENTATIONS else None
-    parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
-    chosen = {key: _selection(part) for key, part in parts.items()}
+    own = _own(config)
+    chosen = {key: _selection(part) for key, part in _parts(config).items()}
     if all(name == own for name in chosen.values()):
         return own
     return ({} if own is None else {"": own}) | {key: name for key, name in chosen.items() if name is not None}
+
+
+def _own(config: PreTrainedConfig) -> str | None:
+    name = getattr(config, "_attn_implementation", None)  # not there yet while a config is being made
+    return name if name in IMPLEMENTATIONS else None
+
+
+def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {key: part for key, part in parts.items() if isinstance(part, PreTrainedConfig)}
 
 
 def _get_correct_attn_implementation(
@@ -466,9 +478,8 @@ def _wanted(config: PreTrainedConfig, choice: str | dict[str, Any] | None) -> di
     """The implementation that ``choice`` names for a config and each of its parts, by identity."""
     by_part = choice if isinstance(choice, dict) else dict.fromkeys(("", *config.sub_configs), choice)
     wanted = {id(config): by_part.get("")}
-    for key in config.sub_configs:
-        if (part := getattr(config, key, None)) is not None:
-            wanted |= _wanted(part, by_part.get(key))
+    for key, part in _parts(config).items():
+        wanted |= _wanted(part, by_part.get(key))
     return wanted
 
 
