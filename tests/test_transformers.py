@@ -460,10 +460,16 @@ def test_a_part_of_a_composite_model_keeps_its_choice(tmp_path: Path) -> None:
     model = auto.from_config(config, attn_implementation={"text_config": "sa_softmax"})
     ids = tokens(1, 4)
     model.save_pretrained(tmp_path / "part")
+    stored = json.loads((tmp_path / "part" / "config.json").read_text())
+    assert stored["attn_implementation"] == {"text_config": "sa_softmax"}
     loaded = auto.from_pretrained(tmp_path / "part")
     assert loaded.config.text_config._attn_implementation == "sa_softmax"
     assert loaded.config.vision_config._attn_implementation == "sdpa"
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    choices = {"": "sa_softmax", "text_config": "sa_softmax_product", "vision_config": "eager"}
+    loaded.set_attn_implementation(choices)
+    del choices["vision_config"]
+    assert loaded.config.to_dict()["attn_implementation"] == choices
     loaded.set_attn_implementation("sa_softmax_product")
     loaded.save_pretrained(tmp_path / "whole")
     whole = auto.from_pretrained(tmp_path / "whole").config
@@ -537,7 +543,18 @@ def test_compiled_without_a_break(name: str) -> None:
     model, inputs = make(name), inputs_of(name)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    weights = list(model.parameters())
+    results = []
+    for function in (compiled, model):
+        logits = function(**inputs).logits
+        results.append((logits, torch.autograd.grad(logits.square().sum(), weights, allow_unused=True)))
+    (actual, gradients), (expected, expected_gradients) = results
+    assert_close(actual, expected)
+    largest = max(g.abs().max().item() for g in expected_gradients if g is not None)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (other is None)
+        if gradient is not None:
+            assert_close(gradient, other, largest)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
