@@ -182,8 +182,7 @@ def save_onnx(model: CharModel, alphabet: str, path: Path) -> None:
     One input, indices (1, T) with 1 <= T <= CONTEXT, and one output, logits (1, T, characters). metadata_props has the
     ``alphabet``, whose characters the indices count, the ``context`` and a ``description``.
     """
-    length = torch.export.Dim("length", max=CONTEXT)
-    export(model.eval(), (torch.zeros(1, 16, dtype=torch.int64),), path, dynamic=({1: length},))
+    export(model, (torch.zeros(1, 16, dtype=torch.int64),), path, dynamic=({1: "length"},))
     proto = onnx.load(path)
     size = sum(parameter.numel() for parameter in model.parameters())
     description = f"character transformer with SA attention ({model.variant}), {size:,} parameters"

@@ -6,9 +6,12 @@ A file's tolerance follows from its dtype: 8 times the error that the reference 
 which its error in float32 is measured and scaled, and one rounding to the output's dtype.
 """
 
+import copy
 import datetime
 import importlib.util
 import platform
+import string
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ import javascript
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from javascript import Missing
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -34,6 +38,9 @@ from sa_softmax import reference
 from sa_softmax.onnx_export import complete
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+from char_model import CharModel, save_onnx  # noqa: E402
+
 DOCUMENT = ROOT / "docs" / "clients.md"
 CLIENTS = ("onnxruntime, kernel", "onnxruntime", "onnx.reference", "onnxruntime-node", "onnxruntime-web")
 OPSET = 18
@@ -158,12 +165,40 @@ def _fed(inputs: dict[str, Array]) -> dict[str, Array]:
     return {name: each.astype(np.float32) if each.dtype.name == "bfloat16" else each for name, each in inputs.items()}
 
 
+ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
+
+
+def char_model() -> Any:
+    """The demo's model as it is initialised: its text is noise, and so more varied than that of a little training."""
+    torch.manual_seed(0)
+    return CharModel(len(ALPHABET), "normalized").eval()
+
+
+def _char_model_file(dtype: str, folder: Path) -> File:
+    model = char_model().to(getattr(torch, dtype))
+    path = folder / f"char_model-{dtype}.onnx"
+    save_onnx(model, ALPHABET, path)
+    graph = onnx.load(path).graph
+    indices = np.random.default_rng(0).integers(len(ALPHABET), size=(1, 100))
+    expected, in_float32 = (
+        {graph.output[0].name: _logits(model, compute, indices)} for compute in ("float64", "float32")
+    )
+    allowed = tolerance(dtype, dtype, expected, in_float32)
+    return File(f"character model, {dtype}", path, {graph.input[0].name: indices}, expected, allowed)
+
+
+@torch.no_grad()
+def _logits(model: Any, compute: str, indices: Array) -> Array:
+    return copy.deepcopy(model).to(getattr(torch, compute))(torch.from_numpy(indices)).numpy()
+
+
 _OPERATORS = {"SASoftmax": _softmax, "SASoftmaxGrad": _gradient, "SAAttention": _attention}
 FILES = {
     f"{operator}, {dtype}": partial(_operator_file, operator, dtype, compute)
     for operator, compute in _OPERATORS.items()
     for dtype in FLOATS
 }
+FILES |= {f"character model, {dtype}": partial(_char_model_file, dtype) for dtype in ("float16", "float32")}
 """What makes each file in a folder."""
 
 
@@ -267,9 +302,11 @@ _TEXT = """\
 
 Largest absolute differences from the NumPy reference in float64, over all outputs of a file, which is one and the same
 in every column. The files of the operators hold both variants and a mask; SAAttention has grouped heads and a bias
-besides. "onnxruntime, kernel" has the library of sa-softmax-native registered; all others run the function bodies that
-the files carry; onnxruntime-web runs in wasm. Written by `python tests/client_table.py`, where the tolerances are
-explained; `tests/test_clients.py` holds every client to them.
+besides. The character model is the demo's, exported from PyTorch, and held against PyTorch in float64.
+
+"onnxruntime, kernel" has the library of sa-softmax-native registered; all others run the function bodies that the files
+carry; onnxruntime-web runs in wasm. Written by `python tests/client_table.py`, where the tolerances are explained;
+`tests/test_clients.py` holds every client to them, and onnxruntime-node and onnxruntime-web to the conformance suite.
 
 {table}
 

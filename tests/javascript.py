@@ -71,7 +71,7 @@ class Client:
         """The outputs of the .onnx file; raises ClientError with the client's message where it refuses."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"model": str(model), "inputs": {name: _encoded(array) for name, array in inputs.items()}}
+        job = {"model": str(model.resolve()), "inputs": {name: _encoded(array) for name, array in inputs.items()}}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()

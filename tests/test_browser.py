@@ -1,46 +1,32 @@
 """The page of examples/browser in headless Chromium: what it writes is what onnxruntime in Python writes."""
 
-import importlib
 import json
 import shutil
-import string
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import client_table
 import javascript
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from client_table import ALPHABET
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "examples" / "browser"
 LENGTH = 280  # of what the page writes
-ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 PROMPT = "A value é is"  # é: not in the alphabet
 
 
 @pytest.fixture(scope="module")
-def char_model() -> Iterator[ModuleType]:
-    pytest.importorskip("torch")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        yield importlib.import_module("char_model")
-
-
-@pytest.fixture(scope="module")
-def model(char_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as it is initialised: its text is noise, and so more varied than that of a little training."""
-    torch = importlib.import_module("torch")
-    torch.manual_seed(0)
-    model = char_model.CharModel(len(ALPHABET), "normalized")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("browser") / "char_model.onnx"
-    char_model.save_onnx(model, ALPHABET, path)
+    client_table.save_onnx(client_table.char_model(), ALPHABET, path)
     return path
 
 
@@ -52,7 +38,9 @@ def url(model: Path) -> Iterator[str]:
     command = [sys.executable, str(PAGE / "serve.py"), str(model), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().strip()
+        url = server.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        yield url
         server.terminate()
 
 
@@ -68,9 +56,9 @@ def written(model: Path, prompt: str) -> str:
     return "".join(alphabet[i] for i in indices[-LENGTH:])
 
 
-def test_file_describes_itself(model: Path, char_model: ModuleType) -> None:
+def test_file_describes_itself(model: Path) -> None:
     metadata = {each.key: each.value for each in onnx.load(model).metadata_props}
-    assert metadata["context"] == str(char_model.CONTEXT)
+    assert metadata["context"] == "128"
     assert metadata["alphabet"] == ALPHABET
     assert metadata["description"].startswith("character transformer with SA attention (normalized), 4")
 
@@ -128,3 +116,11 @@ def test_server_without_a_model(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "make demo" in done.stderr
+
+
+def test_page_and_clients_use_one_version() -> None:
+    pins = [
+        json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]["onnxruntime-web"]
+        for folder in (PAGE, javascript.FOLDER)
+    ]
+    assert pins[0] == pins[1]

@@ -3,7 +3,7 @@
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";
 
 const LENGTH = 280; // characters written after the text
-const FRAME = 16; // milliseconds between two chances to draw and to type
+const FRAME = 16; // milliseconds after which the browser may draw and take keys
 
 ort.env.wasm.numThreads = 1; // more of them need a server that isolates the page, and the model is small
 
@@ -103,7 +103,7 @@ function show(state, message) {
   element("status").textContent = message;
 }
 
-const nextFrame = () => new Promise(requestAnimationFrame);
+const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 async function write(model, signal) {
   const unknown = new Set([...prompt.value].filter((character) => !model.index.has(character)));
@@ -112,7 +112,7 @@ async function write(model, signal) {
   if (indices.length === 0) return show("done", "Type something for it to go on from.");
 
   const start = performance.now();
-  let drawn = start;
+  let breathed = start;
   for (let count = 1; count <= LENGTH; count++) {
     const next = draw(await model.next(indices), temperature.valueAsNumber);
     if (signal.aborted) return;
@@ -120,10 +120,10 @@ async function write(model, signal) {
     element("continuation").append(model.characters[next]);
     const now = performance.now();
     element("rate").textContent = Math.round((1000 * count) / (now - start));
-    if (now - drawn > FRAME) {
-      await nextFrame();
+    if (now - breathed > FRAME) {
+      await breathe();
       if (signal.aborted) return;
-      drawn = performance.now();
+      breathed = performance.now();
     }
   }
   page.dataset.state = "done";
