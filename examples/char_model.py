@@ -8,12 +8,15 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sa_softmax.backends.torch import sa_attention
+from sa_softmax.onnx_export import export
 
 CONTEXT = 128
 WIDTH, HEADS, LAYERS = 128, 4, 2
@@ -171,6 +174,20 @@ def sample(model: CharModel, prompt: Tensor, length: int, seed: int, temperature
         drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         indices = torch.cat([indices, drawn])
         yield int(drawn)
+
+
+def save_onnx(model: CharModel, alphabet: str, path: Path) -> None:
+    """Write ``model`` to an .onnx file that holds whatever writing text with it takes.
+
+    One input, indices (1, T) with 1 <= T <= CONTEXT, and one output, logits (1, T, characters). metadata_props has the
+    ``alphabet``, whose characters the indices count, the ``context`` and a ``description``.
+    """
+    export(model, (torch.zeros(1, 16, dtype=torch.int64),), path, dynamic=({1: "length"},))
+    proto = onnx.load(path)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    description = f"character transformer with SA attention ({model.variant}), {size:,} parameters"
+    onnx.helper.set_model_props(proto, {"alphabet": alphabet, "context": str(CONTEXT), "description": description})
+    onnx.save(proto, path)
 
 
 def _batch(data: Tensor, size: int, generator: torch.Generator) -> Tensor:
