@@ -26,6 +26,7 @@ struct Simd<float> {
   typedef uint32_t U __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef int32_t I __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef uint32_t Word;
+  typedef int32_t Count;
   static constexpr int mantissa = 23;
   static constexpr uint32_t bias = 127;
   static constexpr float exp_lowest = -87.33f;        // below: less than the smallest normal number (D5)
@@ -40,6 +41,7 @@ struct Simd<double> {
   typedef uint64_t U __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef int64_t I __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef uint64_t Word;
+  typedef int64_t Count;
   static constexpr int mantissa = 52;
   static constexpr uint64_t bias = 1023;
   static constexpr double exp_lowest = -708.39;
@@ -197,14 +199,27 @@ INLINE void store_chunk(C* row, int64_t i, int64_t n, const Vector<C> (&v)[4]) {
     std::memcpy(row + i, v, size_t(n - i) * sizeof(C));
 }
 
-template <class C>
-INLINE C sum(const Vector<C> (&v)[4]) {
-  const Vector<C> t = (v[0] + v[1]) + (v[2] + v[3]);
-  C lanes[kLanes<C>];
-  store(lanes, t);
-  for (int width = kLanes<C> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// One number out of a vector, halving: f combines two vectors or two numbers.
+template <class C, class V, class F>
+INLINE C halve(const V& v, F f) {
+  if constexpr (sizeof v > 16) {
+    typedef C Part __attribute__((vector_size(sizeof v / 2)));
+    Part parts[2];
+    std::memcpy(parts, &v, sizeof v);
+    return halve<C>(f(parts[0], parts[1]), f);
+  } else if constexpr (sizeof v / sizeof(C) == 4) {
+    return f(f(C(v[0]), C(v[2])), f(C(v[1]), C(v[3])));
+  } else {
+    return f(C(v[0]), C(v[1]));
+  }
+}
+template <class C, class V, class F>
+INLINE C reduce(const V (&v)[4], F f) {
+  return halve<C>(f(f(v[0], v[1]), f(v[2], v[3])), f);
+}
+template <class C, class V>
+INLINE C sum(const V (&v)[4]) {
+  return reduce<C>(v, [](auto a, auto b) { return a + b; });
 }
 
 template <class C>
@@ -223,13 +238,9 @@ INLINE Extrema<C> extrema(const C* z, int64_t n) {
       low[u] = w < low[u] ? w : low[u];
     }
   });
-  Extrema<C> out{kInfinity<C>, -kInfinity<C>};
-  for (int u = 0; u < 4; ++u)
-    for (int i = 0; i < kLanes<C>; ++i) {
-      out.low = low[u][i] < out.low ? low[u][i] : out.low;
-      out.high = high[u][i] > out.high ? high[u][i] : out.high;
-    }
-  return out;
+  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  return {reduce<C>(low, smaller), reduce<C>(high, larger)};
 }
 
 // The self-adjusting factor without overflow (C7): `unit` is a power of two near 1 / max(hi, -lo), `inverse_unit` its
@@ -308,10 +319,8 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
     store_chunk(e, i, n, out);
   });
   const C inverse_l = 1 / sum<C>(l);
-  int64_t ties_low = 0, ties_high = 0;
-  for (int u = 0; u < 4; ++u)
-    for (int j = 0; j < kLanes<C>; ++j) ties_low += at_low[u][j], ties_high += at_high[u][j];
-
+  using Count = typename Simd<C>::Count;
+  const Count ties_low = sum<Count>(at_low), ties_high = sum<Count>(at_high);
   const C S = sum<C>(s) * inverse_l;
   const C inverse_range = normalized ? f.inverse_range : C(1);
   const C D = sum<C>(d) * inverse_l * inverse_range;

@@ -1,6 +1,7 @@
 // The custom ops SASoftmax, SASoftmaxGrad and SAAttention of the domain sa_softmax for onnxruntime's CPU provider, once
 // for each element type. docs/operators.md describes them; here attributes and tensors become calls of kernels.h.
 #include <algorithm>
+#include <cstdio>
 #include <iterator>
 #include <list>
 #include <memory>
@@ -305,7 +306,7 @@ void infer_shape(const Op& op, OrtShapeInferContext* context) {
 
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
-Op make_op(const OrtApi* api, Kind kind, const ElementType& type) {
+Op make_op(const OrtApi* api, Kind kind, const ElementType& type, bool infers_shapes) {
   Op op{};
   op.api = api;
   op.kind = kind;
@@ -333,9 +334,10 @@ Op make_op(const OrtApi* api, Kind kind, const ElementType& type) {
     return guarded(own.op->api, own.op->signature().name, [&] { compute(own, context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
-    return guarded(self(op).api, self(op).signature().name, [&] { infer_shape(self(op), context); });
-  };
+  if (infers_shapes)
+    op.InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
+      return guarded(self(op).api, self(op).signature().name, [&] { infer_shape(self(op), context); });
+    };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   return op;
@@ -349,7 +351,14 @@ struct Registration {
   std::list<Op> ops;
 };
 
-OrtCustomOpDomain* domain_for(const OrtApi* api) {
+// Before 1.24, onnxruntime reads the type of every input before it calls a shape inference, also of an absent one, and
+// crashes (its pull request 26199). There the output's shape comes from the model's value_info, or is open.
+bool can_infer_shapes(const OrtApiBase* base) {
+  int major = 0, minor = 0;
+  return std::sscanf(base->GetVersionString(), "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 24);
+}
+
+OrtCustomOpDomain* domain_for(const OrtApi* api, bool infers_shapes) {
   static std::mutex mutex;
   static std::list<Registration>& registrations = *new std::list<Registration>;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -357,7 +366,7 @@ OrtCustomOpDomain* domain_for(const OrtApi* api) {
     if (known.api == api) return known.domain;
   Registration fresh{api, nullptr, {}};
   for (const Kind kind : {Kind::softmax, Kind::softmax_grad, Kind::attention})
-    for (const ElementType& type : kTypes) fresh.ops.push_back(make_op(api, kind, type));
+    for (const ElementType& type : kTypes) fresh.ops.push_back(make_op(api, kind, type, infers_shapes));
   check(api->CreateCustomOpDomain("sa_softmax", &fresh.domain));
   std::unique_ptr<OrtCustomOpDomain, decltype(api->ReleaseCustomOpDomain)> owner(fresh.domain,
                                                                                  api->ReleaseCustomOpDomain);
@@ -377,7 +386,7 @@ SA_SOFTMAX_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* o
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "sa_softmax needs onnxruntime 1.19 or newer; this one is older");
   return guarded(api, "sa_softmax", [&] {
     instruction_set();  // so that a bad choice fails here, not in the first run
-    check(api->AddCustomOpDomain(options, domain_for(api)));
+    check(api->AddCustomOpDomain(options, domain_for(api, can_infer_shapes(base))));
   });
 }
 
