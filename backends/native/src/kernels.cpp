@@ -11,6 +11,11 @@ namespace {
 
 #define INLINE __attribute__((always_inline)) inline
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 struct Half {
   uint16_t bits;
 };
@@ -139,11 +144,6 @@ struct ComputeType<double> {
 };
 template <class T>
 using Compute = typename ComputeType<T>::Type;
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
 
 // exp(z - m) for z <= m, within 2 ULP however large z and m are: the rounding error of the difference is known exactly
 // and enters as a factor. -inf gives 0, NaN NaN.
@@ -291,6 +291,17 @@ __attribute__((noinline)) void forward_row(const C* z, int64_t n, C* y, C* e, bo
   });
 }
 
+// Under product, g x - D and the sum of n terms g x e may overflow where the gradient does not (G8), if scores are huge:
+// then they are multiplied by `unit`.
+template <class C>
+INLINE Factor<C> room(Extrema<C> row, int64_t n) {
+  constexpr C huge = kSame<C, float> ? C(0x1p100) : C(0x1p960);
+  Factor<C> f{1, 1, 0, 1};
+  if (row.high > huge || row.low < -huge)
+    for (int64_t terms = 4 * n; terms > 0; terms /= 2) f.unit /= 2, f.inverse_unit *= 2;
+  return f;
+}
+
 // dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g; e holds n entries of scratch.
 template <class C>
 __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx, C* e, bool normalized) {
@@ -298,8 +309,8 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
   const Vector<C> zero{}, excluded = all(-kInfinity<C>);
   const Extrema<C> row = extrema(z, n);
   const Vector<C> low = all(row.low), high = all(row.high);
-  const Factor<C> f = factor(row);
-  const Vector<C> unit = all(f.unit), lo = all(normalized ? f.lo : C(0));
+  const Factor<C> f = normalized ? factor(row) : room(row, n);
+  const Vector<C> unit = all(f.unit), lo = all(f.lo);
   Vector<C> l[4] = {}, d[4] = {}, s[4] = {};
   I at_low[4] = {}, at_high[4] = {};
   chunks(z, n, [&](int64_t i, const C* at) {
@@ -322,14 +333,13 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
   using Count = typename Simd<C>::Count;
   const Count ties_low = sum<Count>(at_low), ties_high = sum<Count>(at_high);
   const C S = sum<C>(s) * inverse_l;
-  const C inverse_range = normalized ? f.inverse_range : C(1);
-  const C D = sum<C>(d) * inverse_l * inverse_range;
-  // product: dx = p (g x - D) + g p, computed as p (g x unit - D unit) / unit + g p.
-  const C outside = normalized ? C(1) : f.inverse_unit, inside = normalized ? f.inverse_range * f.unit : C(1);
-  const C to_low = normalized && row.low < 0 ? (D - S) * inside / C(ties_low) : C(0);
-  const C to_high = normalized && row.high > 0 ? -D * inside / C(ties_high) : C(0);
-  const Vector<C> p_scale = all(inverse_l), a_scale = all(inverse_range), Ds = all(D), outsides = all(outside),
-                  insides = all(inside), to_lows = all(to_low), to_highs = all(to_high);
+  const C D = sum<C>(d) * inverse_l * f.inverse_range;
+  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) : C(0);
+  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) : C(0);
+  // dx = p (g a - D) + (g p + extremal) / R, where 1 / R = inverse_range unit may overflow though the product does not.
+  const Vector<C> p_scale = all(inverse_l), a_scale = all(f.inverse_range), Ds = all(D), to_lows = all(to_low),
+                  to_highs = all(to_high), outside = all(normalized ? C(1) : f.inverse_unit),
+                  inside = all(normalized ? f.unit : C(1));
   chunks(z, n, [&](int64_t i, const C* at) {
     const Chunk<C> gs(g, i, n), es(e, i, n);
     Vector<C> out[4];
@@ -337,9 +347,9 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
       const Vector<C> v = load(at + u * kLanes<C>);
       const Vector<C> up = load(gs.at + u * kLanes<C>), p = load(es.at + u * kLanes<C>) * p_scale;
       const Vector<C> a = (v * unit - lo) * a_scale;
-      const Vector<C> body = p * (up * a - Ds) * outsides + up * p * insides;
       const Vector<C> extremal = (v == low ? to_lows : zero) + (v == high ? to_highs : zero);
-      out[u] = v == excluded ? zero : body + extremal;
+      const Vector<C> dx = p * (up * a - Ds) * outside + (up * p + extremal) * a_scale * inside;
+      out[u] = v == excluded ? zero : dx;
     }
     store_chunk(dx, i, n, out);
   });
