@@ -128,12 +128,13 @@ class Attributes {
     float f = 0;
     int64_t i = 0;
     size_t sizes[3] = {};
-    const char* found = accepted(api_->KernelInfoGetAttribute_float(info_, name, &f))                        ? "a float"
-                        : accepted(api_->KernelInfoGetAttribute_int64(info_, name, &i))                      ? "an int"
-                        : accepted(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &sizes[0]))     ? "a string"
-                        : accepted(api_->KernelInfoGetAttributeArray_float(info_, name, nullptr, &sizes[1])) ? "floats"
-                        : accepted(api_->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &sizes[2])) ? "ints"
-                                                                                                             : nullptr;
+    const char* const found =
+        accepted(api_->KernelInfoGetAttribute_float(info_, name, &f))                        ? "a float"
+        : accepted(api_->KernelInfoGetAttribute_int64(info_, name, &i))                      ? "an int"
+        : accepted(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &sizes[0]))     ? "a string"
+        : accepted(api_->KernelInfoGetAttributeArray_float(info_, name, nullptr, &sizes[1])) ? "a list"
+        : accepted(api_->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &sizes[2])) ? "a list"
+                                                                                             : nullptr;
     if (found != nullptr)
       throw Error("the attribute " + std::string(name) + " must be " + type + "; got " + found +
                   ". Leave it out for its default");
