@@ -119,7 +119,8 @@ _GRADIENT = """
 """
 
 # Q, K, bias, mask -> m, p. N counts the key/value heads of all batches, and the G Tq queries of a group are the rows of
-# one matrix, so that no key is repeated (A3). A scale of NaN stands for none.
+# one matrix, so that no key is repeated (A3). A scale of NaN stands for none. It multiplies the keys after they are
+# transposed, because onnxruntime before 1.23 fuses a Transpose with a MatMul of doubles, and then lacks a kernel.
 _SCORES = """
     Hq = Shape <start = -3, end = -2> (Q)
     Tq = Shape <start = -2, end = -1> (Q)
@@ -140,14 +141,14 @@ _SCORES = """
     scale_ = Where (no_scale, default_scale, given_scale)
 
     q = Cast <to = $to> (Q)
-    q_scaled = Mul (q, scale_)
     q_shape = Concat <axis = 0> (N, G_Tq, d)
-    q_3d = Reshape <allowzero = 1> (q_scaled, q_shape)
+    q_3d = Reshape <allowzero = 1> (q, q_shape)
     k = Cast <to = $to> (K)
     k_shape = Concat <axis = 0> (N, Tk, d)
     k_3d = Reshape <allowzero = 1> (k, k_shape)
     k_transposed = Transpose <perm = [0, 2, 1]> (k_3d)
-    x_3d = MatMul (q_3d, k_transposed)
+    k_scaled = Mul (k_transposed, scale_)
+    x_3d = MatMul (q_3d, k_scaled)
     q_rows = Shape <end = -1> (Q)
     x_shape = Concat <axis = 0> (q_rows, Tk)
     x_unbiased = Reshape <allowzero = 1> (x_3d, x_shape)

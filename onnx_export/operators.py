@@ -4,6 +4,7 @@ docs/operators.md is their reference. Importing this module registers the schema
 shape inference know the operators.
 """
 
+import atexit
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -116,6 +117,8 @@ SCHEMAS = {
 }
 for _each in SCHEMAS.values():
     defs.register_schema(_each)
+    # onnx 1.21 would let go of the Python functions after the interpreter has gone, and crash.
+    atexit.register(defs.deregister_schema, _each.name, VERSION, DOMAIN)
 
 
 def functions(
@@ -168,15 +171,18 @@ def complete(model: ModelProto) -> None:
     del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.graph.value_info)
 
-    types = _element_types(_graphs(inferred.graph))
+    types = _types(_graphs(inferred.graph))
     ours = list(nodes_of(model))
     for node in ours:
-        if node.input[0] not in types:
+        first = types.get(node.input[0], TypeProto()).tensor_type
+        if not first.elem_type:
             raise ValueError(
                 f"the type of {node.input[0]!r}, input of the {node.op_type} node {node.name!r}, is not known. "
                 "Add it to the graph's value_info"
             )
-    double = any(types[node.input[0]] == TensorProto.DOUBLE for node in ours)
+        if first.HasField("shape"):
+            _count_axis_from_the_back(node, len(first.shape.dim))
+    double = any(types[node.input[0]].tensor_type.elem_type == TensorProto.DOUBLE for node in ours)
     for name in sorted({node.op_type for node in ours}):
         given = {each for node in ours if node.op_type == name for each in _given(node)}
         model.functions.append(function(name, opset=opset, double=double, optional=given))
@@ -204,13 +210,21 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
                 yield from _graphs(each)
 
 
-def _element_types(graphs: Iterable[GraphProto]) -> dict[str, int]:
+def _types(graphs: Iterable[GraphProto]) -> dict[str, TypeProto]:
     types = {}
     for graph in graphs:
         for value in (*graph.input, *graph.value_info, *graph.output):
-            types[value.name] = value.type.tensor_type.elem_type
-        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+            types[value.name] = value.type
+        for tensor in graph.initializer:
+            types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
     return types
+
+
+def _count_axis_from_the_back(node: NodeProto, rank: int) -> None:
+    """onnxruntime before 1.21 reduces an axis of length 0 only if it is counted from the back."""
+    for attribute in node.attribute:
+        if attribute.name == "axis" and attribute.i >= 0:
+            attribute.i -= rank
 
 
 def _required(name: str) -> int:
