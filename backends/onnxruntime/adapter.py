@@ -1,23 +1,21 @@
 """onnxruntime under the conformance suite, with the kernels of our library and with the function bodies alone.
 
-Each signature becomes a model of one node, and each session is asked, through its optimised graph, which of the two it
-runs: with a kernel the node is still there, without one it has been replaced by its body.
+Each signature becomes a model of one node, and each session says which of the two it ran: the node, or what its body
+consists of.
 """
 
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
+from sa_softmax.backends.onnxruntime._session import Session
 from sa_softmax.backends.protocol import Array
 from sa_softmax.onnx_export import complete
-from sa_softmax.onnx_export.operators import DOMAIN, MIN_OPSET, nodes_of
+from sa_softmax.onnx_export.operators import DOMAIN, MIN_OPSET
 
 __all__ = ["Adapter", "BodyAdapter"]
 
@@ -34,6 +32,8 @@ class BodyAdapter:
     dtypes = ("float16", "bfloat16", "float32", "float64")
     devices = ("cpu",)
     opset = MIN_OPSET
+    """The default opset of the models, and with it of the bodies."""
+    _kernel = False
 
     def sa_softmax(self, x: Array, *, axis: int, variant: str, where: Array | None, device: str) -> Array:
         check_softmax(_ARRAYS, x, axis=axis, variant=variant, where=where)
@@ -57,50 +57,28 @@ class BodyAdapter:
             options["scale"] = scale
         return self._run("SAAttention", [q, k, v, bias, mask], q, **options)
 
-    def register(self, options: onnxruntime.SessionOptions) -> None:
-        """Nothing: the bodies come with the model."""
-
     def _run(self, operator: str, inputs: list[Array | None], like: Array, **attributes: Any) -> Array:
         signature = tuple(None if each is None else (each.dtype.name, each.ndim) for each in inputs)
         session = self._session(operator, signature, tuple(attributes.items()))
-        feeds = {
-            f"input_{i}": each.astype(np.float32) if each.dtype.name == "bfloat16" else np.ascontiguousarray(each)
-            for i, each in enumerate(inputs)
-            if each is not None
-        }
-        return session.run(None, feeds)[0].astype(like.dtype)
+        output = session.run({f"input_{i}": each for i, each in enumerate(inputs) if each is not None})["output"]
+        if (operator in session.ran) != self._kernel:
+            raise RuntimeError(f"{self.implementation} must run, and did not; onnxruntime ran {sorted(session.ran)}")
+        return output.astype(like.dtype)
 
     @cache  # noqa: B019 - sessions live as long as the adapter
     def _session(
         self, operator: str, signature: tuple[tuple[str, int] | None, ...], attributes: tuple[tuple[str, Any], ...]
-    ) -> onnxruntime.InferenceSession:
+    ) -> Session:
         model = _model(operator, signature, dict(attributes), self.opset)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.register(options)
-        with tempfile.TemporaryDirectory() as folder:
-            options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            kept = [node.op_type for node in nodes_of(onnx.load(options.optimized_model_filepath))]
-        expected = [] if type(self) is BodyAdapter else [operator]
-        if kept != expected:
-            raise RuntimeError(f"{self.implementation} must run; the session's graph holds {kept} of {DOMAIN}")
-        return session
+        return Session(model, kernel=self._kernel, threads=1)
 
 
 class Adapter(BodyAdapter):
     """The kernels of our library, registered with every session."""
 
     name = "onnxruntime"
-
-    def __init__(self) -> None:
-        from sa_softmax.backends import onnxruntime as backend
-
-        self.register = backend.register
-        self.implementation = f"kernels of {backend.get_library_path()}"
+    implementation = "kernels"
+    _kernel = True
 
 
 def _model(
@@ -108,44 +86,36 @@ def _model(
 ) -> ModelProto:
     """A model of one node, whose inputs have the given dtypes and ranks.
 
-    onnxruntime has no bfloat16 in Python, so such arrays come and go as float32, which holds them exactly. A bias in the
-    compute dtype makes the whole attention compute in it. A scale in double does not fit into the attribute, which is a
-    float, so it multiplies q.
+    A bias in the compute dtype makes the whole attention compute in it, and the caller rounds. A scale in double does not
+    fit into the attribute, which is a float, so it multiplies q.
     """
-    dtypes = [None if each is None else each[0] for each in signature]
-    is_mixed = operator == "SAAttention" and dtypes[3] not in (None, dtypes[0])
-    dtype = dtypes[3] if is_mixed else dtypes[0]
-    inputs, nodes, names = [], [], []
-    for i, each in enumerate(signature):
-        names.append("" if each is None else f"input_{i}")
-        if each is not None:
-            outer, inner = _outer(each[0]), each[0] if each[0] == "bool" else dtype
-            inputs.append(helper.make_tensor_value_info(names[i], _element_type(outer), [None] * each[1]))
-            if inner != outer:
-                nodes.append(helper.make_node("Cast", [names[i]], [f"{names[i]}_cast"], to=_element_type(inner)))
-                names[i] = f"{names[i]}_cast"
+    inputs = {f"input_{i}": each for i, each in enumerate(signature) if each is not None}
+    dtype, rank = inputs["input_0"]
+    if operator == "SAAttention" and "input_3" in inputs:
+        dtype = inputs["input_3"][0]
+    nodes, names = [], []
+    for i in range(len(signature)):
+        name = f"input_{i}" if f"input_{i}" in inputs else ""
+        if name and inputs[name][0] not in ("bool", dtype):
+            nodes.append(helper.make_node("Cast", [name], [f"{name}_cast"], to=_element_type(dtype)))
+            name = f"{name}_cast"
+        names.append(name)
     if dtype == "float64" and "scale" in attributes:
         scale = helper.make_tensor("", TensorProto.DOUBLE, [], [attributes["scale"]])
         nodes.append(helper.make_node("Constant", [], ["scale"], value=scale))
         nodes.append(helper.make_node("Mul", [names[0], "scale"], ["scaled_query"]))
         names[0], attributes = "scaled_query", attributes | {"scale": 1.0}
-    nodes.append(helper.make_node(operator, names, ["result"], domain=DOMAIN, **attributes))
-    nodes.append(helper.make_node("Cast", ["result"], ["output"], to=_element_type(_outer(dtype))))
-    rank = signature[0][1]
-    output = helper.make_tensor_value_info("output", _element_type(_outer(dtype)), [None] * rank)
-    model = helper.make_model(
-        helper.make_graph(nodes, operator, inputs, [output]),
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=8,
+    nodes.append(helper.make_node(operator, names, ["output"], domain=DOMAIN, **attributes))
+    graph = helper.make_graph(
+        nodes,
+        operator,
+        [helper.make_tensor_value_info(name, _element_type(each), [None] * n) for name, (each, n) in inputs.items()],
+        [helper.make_tensor_value_info("output", _element_type(dtype), [None] * rank)],
     )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     complete(model)
     return model
 
 
-def _outer(dtype: str) -> str:
-    """The dtype in which arrays of ``dtype`` cross the border to onnxruntime."""
-    return "float32" if dtype == "bfloat16" else dtype
-
-
 def _element_type(dtype: str) -> int:
-    return TensorProto.BFLOAT16 if dtype == "bfloat16" else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
