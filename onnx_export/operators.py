@@ -15,7 +15,7 @@ from onnx.shape_inference import InferenceContext, InferenceError
 
 from sa_softmax.onnx_export.bodies import DOMAIN, OPTIONAL, VERSION, function
 
-__all__ = ["DOMAIN", "MIN_OPSET", "SCHEMAS", "VERSION", "complete", "functions", "nodes_of"]
+__all__ = ["DOMAIN", "MIN_OPSET", "SCHEMAS", "VERSION", "check_opset", "complete", "functions", "nodes_of"]
 
 MIN_OPSET = 18
 """The oldest default opset that the bodies can be written in: from there on ReduceMin takes its axes as an input."""
@@ -136,7 +136,7 @@ def functions(
     Raises:
         ValueError: an opset that the bodies cannot be written in.
     """
-    _check_opset(opset)
+    check_opset(opset)
     return [function(name, opset=opset, double=double, optional=optional) for name in SCHEMAS]
 
 
@@ -151,7 +151,7 @@ def complete(model: ModelProto) -> None:
         ValueError: the default opset is older than 18, a node of ours is inside another function, or its type is unknown.
     """
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
-    _check_opset(opset)
+    check_opset(opset)
     if any(node.domain == DOMAIN for each in model.functions for node in each.node if each.domain != DOMAIN):
         raise ValueError(
             "a function of the model holds a node of the domain sa_softmax. "
@@ -193,7 +193,8 @@ def nodes_of(model: ModelProto) -> Iterator[NodeProto]:
     return (node for graph in _graphs(model.graph) for node in graph.node if node.domain == DOMAIN)
 
 
-def _check_opset(opset: int) -> None:
+def check_opset(opset: int) -> None:
+    """ValueError unless the bodies can be written in this default opset."""
     newest = defs.onnx_opset_version()
     if not MIN_OPSET <= opset <= newest:
         raise ValueError(
