@@ -5,8 +5,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("ONNX export needs onnx, which is not installed: pip install 'sa-softmax[onnx]'") from error
 
-from sa_softmax.onnx_export.check import CheckError, Finding, Report, check
-from sa_softmax.onnx_export.export import export
+from sa_softmax.onnx_export.checker import CheckError, Finding, Report, check
+from sa_softmax.onnx_export.exporter import export
 from sa_softmax.onnx_export.operators import complete, functions
 
 __all__ = ["CheckError", "Finding", "Report", "check", "complete", "export", "functions"]

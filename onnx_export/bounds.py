@@ -1,8 +1,8 @@
 """What each operator must give for its actual inputs, and how far a careful implementation may be off.
 
 The expected value is the reference's in float64. The bound is that of docs/spec.md, section 7: one roundoff of the
-output, and four of the compute dtype times the first-order error. Where the suite has the exact sums of magnitudes, this
-has simple upper bounds of them, of the same order.
+output, and four of the compute dtype times the first-order error. Where the suite has the exact sums of magnitudes,
+this has simple upper bounds of them.
 """
 
 import math
@@ -108,7 +108,7 @@ def _attention(
     s = 1 / math.sqrt(max(Q.shape[-1], 1)) if scale is None else scale
     b = np.zeros(()) if bias is None else bias
     x = s * (q @ k.mT) + b
-    keep = np.tri(*x.shape[-2:], q_offset, dtype=bool) if is_causal else np.ones(x.shape[-2:], bool)
+    keep = np.tri(x.shape[-2], x.shape[-1], q_offset, dtype=bool) if is_causal else np.ones(x.shape[-2:], bool)
     on = _participating(x, keep if mask is None else keep & mask)
     of_x = (math.sqrt(q.shape[-1]) + 4) * abs(s) * (abs(q) @ abs(k.mT)) + np.nan_to_num(abs(b))
     of_x = np.max(of_x, -1, keepdims=True, where=on, initial=0)
@@ -123,4 +123,4 @@ def _participating(x: Array, where: Array | None) -> Array:
     return on if where is None else on & where
 
 
-_OPERATORS = {"SASoftmax": _softmax, "SASoftmaxGrad": _softmax_grad, "SAAttention": _attention}
+_OPERATORS: dict[str, Any] = {"SASoftmax": _softmax, "SASoftmaxGrad": _softmax_grad, "SAAttention": _attention}

@@ -53,7 +53,7 @@ def _array(
     if tensor.elem_type == TensorProto.STRING or not tensor.elem_type:
         raise ValueError(f"cannot draw the input {value.name!r}, which is no tensor of numbers. Pass inputs=")
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    if dtype == bool:
+    if tensor.elem_type == TensorProto.BOOL:
         return rng.random(shape) < 2 / 3
     if np.issubdtype(dtype, np.integer):
         return rng.integers(0, _count(model, value.name), shape).astype(dtype)

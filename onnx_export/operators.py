@@ -105,7 +105,9 @@ SCHEMAS = {
             attributes=[
                 _VARIANT,
                 OpSchema.Attribute(
-                    "is_causal", helper.make_attribute("is_causal", 0), "If 1, query i sees keys j <= i + q_offset only."
+                    "is_causal",
+                    helper.make_attribute("is_causal", 0),
+                    "1: query i sees keys j <= i + q_offset only.",
                 ),
                 OpSchema.Attribute("q_offset", helper.make_attribute("q_offset", 0), "Shifts the causal mask."),
                 OpSchema.Attribute(
@@ -148,7 +150,7 @@ def complete(model: ModelProto) -> None:
     only some nodes of an operator give an optional input the others get one without effect.
 
     Raises:
-        ValueError: the default opset is older than 18, a node of ours is inside another function, or its type is unknown.
+        ValueError: the default opset is older than 18, a node of ours is in another function, or its type is unknown.
     """
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
     check_opset(opset)
@@ -262,7 +264,9 @@ def _neutral(graph: GraphProto, node: NodeProto, name: str) -> str:
     """The name of a new value that has no effect as the optional input ``name`` of ``node``."""
     value = f"{node.output[0]}_no_{name}"
     is_bias = name == "bias"
-    constant = helper.make_tensor("", TensorProto.FLOAT if is_bias else TensorProto.BOOL, [], [0.0 if is_bias else True])
+    constant = helper.make_tensor(
+        "", TensorProto.FLOAT if is_bias else TensorProto.BOOL, [], [0.0 if is_bias else True]
+    )
     new = [helper.make_node("Constant", [], [value], value=constant)]
     if is_bias:
         new[0].output[0] = f"{value}_float"

@@ -20,7 +20,7 @@ from sa_softmax.onnx_export.operators import DOMAIN, SCHEMAS, VERSION
 
 __all__ = ["export_torch"]
 
-Arrays = list[npt.NDArray[Any]]
+Array = npt.NDArray[Any]
 
 _OURS = {name: values.Op(values.Opset(DOMAIN, VERSION), name, schema) for name, schema in SCHEMAS.items()}
 
@@ -28,7 +28,7 @@ _OURS = {name: values.Op(values.Opset(DOMAIN, VERSION), name, schema) for name, 
 def export_torch(
     model: nn.Module | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, *,
     dynamic: Any, opset: int,
-) -> tuple[Arrays, Arrays]:  # fmt: skip
+) -> tuple[dict[str, Array], list[Array]]:  # fmt: skip
     """Write the file, whose nodes still lack their bodies; gives the inputs, and what ``model`` makes of them."""
     module = model if isinstance(model, nn.Module) else _Function(model)
     with _evaluating(module), torch.no_grad(), warnings.catch_warnings():
@@ -52,7 +52,8 @@ def export_torch(
     for i, output in enumerate(outputs):
         output.name = "output" if len(outputs) == 1 else f"output_{i}"
     program.save(path)
-    return _arrays((args, dict(kwargs))), _arrays(expected)
+    names = [each.name for each in program.model.graph.inputs]
+    return dict(zip(names, _arrays((args, dict(kwargs))), strict=True)), _arrays(expected)
 
 
 class _Function(nn.Module):
@@ -74,11 +75,11 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
-def _arrays(tree: Any) -> Arrays:
+def _arrays(tree: Any) -> list[Array]:
     return [_array(leaf.detach().cpu()) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _array(x: Tensor) -> npt.NDArray[Any]:
+def _array(x: Tensor) -> Array:
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 

@@ -37,7 +37,8 @@ class Session:
         self._outputs = [output.name for output in model.graph.output]
         model, self._bfloat16 = _with_float32_borders(model)
         self._profiles = tempfile.TemporaryDirectory()
-        self.ran: frozenset[str] | None = None
+        self._is_profiled = False
+        self.ran: frozenset[str] = frozenset()
         """The operators that the first run executed. Ours is one of them if a kernel ran, and none if a body did."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -58,7 +59,8 @@ class Session:
             else:
                 feeds[name] = np.ascontiguousarray(array)
         arrays = self._session.run(None, feeds)
-        if self.ran is None:
+        if not self._is_profiled:
+            self._is_profiled = True
             events = json.loads(Path(self._session.end_profiling()).read_text())
             self.ran = frozenset(event["args"]["op_name"] for event in events if event.get("cat") == "Node")
             self._profiles.cleanup()

@@ -61,7 +61,7 @@ class BodyAdapter:
         signature = tuple(None if each is None else (each.dtype.name, each.ndim) for each in inputs)
         session = self._session(operator, signature, tuple(attributes.items()))
         output = session.run({f"input_{i}": each for i, each in enumerate(inputs) if each is not None})["output"]
-        if (operator in session.ran) != self._kernel:
+        if (operator in session.ran) is not self._kernel:
             raise RuntimeError(f"{self.implementation} must run, and did not; onnxruntime ran {sorted(session.ran)}")
         return output.astype(like.dtype)
 
@@ -86,8 +86,8 @@ def _model(
 ) -> ModelProto:
     """A model of one node, whose inputs have the given dtypes and ranks.
 
-    A bias in the compute dtype makes the whole attention compute in it, and the caller rounds. A scale in double does not
-    fit into the attribute, which is a float, so it multiplies q.
+    A bias in the compute dtype makes the whole attention compute in it, and the caller rounds. A scale in double does
+    not fit into the attribute, which is a float, so it multiplies q.
     """
     inputs = {f"input_{i}": each for i, each in enumerate(signature) if each is not None}
     dtype, rank = inputs["input_0"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
 from onnx.reference import ReferenceEvaluator
 
 from sa_softmax.onnx_export.bounds import expected
@@ -29,7 +31,7 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison. ``error`` is in units of what is allowed, so more than 1 is wrong; None if nothing was measured."""
+    """One comparison. ``error`` is in units of what is allowed: above 1 is wrong, None if nothing was measured."""
 
     client: str
     subject: str
@@ -43,7 +45,8 @@ class Finding:
     def __str__(self) -> str:
         measured = [] if self.error is None else [f"error {self.error:.2g} of what is allowed"]
         said = "; ".join([*measured, *([self.message] if self.message else [])])
-        return f"{'ok  ' if self.ok else 'FAIL'}  {self.client}: {self.subject}: {said}"
+        verdict = "--" if self.error is None else "ok" if self.ok else "FAIL"
+        return f"{verdict:4}  {self.client}: {self.subject}: {said}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Report:
             if (finding.error or 0) > (known.error or 0):
                 worst[finding.client, finding.subject] = finding
         verdict = "computes what it should" if self.ok else "DOES NOT COMPUTE WHAT IT SHOULD"
-        return "\n".join([f"{self.path} {verdict}", *(f"  on {each}" for each in self.inputs), *map(str, worst.values())])
+        return "\n".join(
+            [f"{self.path} {verdict}", *(f"  on {each}" for each in self.inputs), *map(str, worst.values())]
+        )
 
 
 class CheckError(RuntimeError):
@@ -81,11 +86,11 @@ def check(
 ) -> Report:
     """Run a file in every client at hand, and hold each node of ours against the reference.
 
-    The clients are onnxruntime with the function bodies alone, onnxruntime with the kernels of sa-softmax-native if that
-    is installed, and onnx.reference. What a node of the domain gave in a run is compared with
-    :mod:`sa_softmax.reference`, in float64, of what the node was given in that run, within the bounds of docs/spec.md,
-    section 7. The outputs of the whole model must agree between the clients within 1024 roundoffs of the largest value
-    (32 in 16 bits): the errors of what stands between our nodes are not known.
+    The clients are onnxruntime with the function bodies alone, onnxruntime with the kernels of sa-softmax-native if
+    that is installed, and onnx.reference. What a node of the domain gave in a run is compared with the reference, in
+    float64, of what the node was given in that run, within the bounds of docs/spec.md, section 7. The outputs of the
+    whole model must agree between the clients within 1024 roundoffs of the largest value (32 in 16 bits): the errors
+    of what stands between our nodes are not known.
 
     Args:
         path: the .onnx file. If it has external data, its folder must be writable.
@@ -104,13 +109,15 @@ def check(
     model = _load(path)
     rng = np.random.default_rng(0)
     sets: list[Mapping[str, Array]] = [*([] if inputs is None else [inputs]), *(draw(model, rng) for _ in range(DRAWS))]
-    clients, findings = _clients(model, path)
+    clients, findings = _clients(model, path.parent)
+    running: dict[str, Run] = {}
     subject = _Subject(model, path.parent)
     for each in sets:
         agreed = None if outputs is None or each is not inputs else _Agreed("its source", list(outputs))
-        for client, run in clients.items():
+        for client, make in clients.items():
             try:
-                values = {**each, **run(each)}
+                running[client] = running.get(client) or make()
+                values = {**each, **running[client](each)}
             except Exception as error:  # a runtime may raise anything, and all of it is a finding
                 findings.append(Finding(client, "the model", np.inf, f"{type(error).__name__}: {error}"))
                 continue
@@ -139,7 +146,7 @@ def _load(path: Path) -> ModelProto:
     return model
 
 
-def _clients(model: ModelProto, path: Path) -> tuple[dict[str, Run], list[Finding]]:
+def _clients(model: ModelProto, folder: Path) -> tuple[dict[str, Callable[[], Run]], list[Finding]]:
     """What can run the model with the values around our nodes as outputs, and what there is to say of what cannot."""
     import onnxruntime
 
@@ -147,20 +154,22 @@ def _clients(model: ModelProto, path: Path) -> tuple[dict[str, Run], list[Findin
 
     open_model = _with_inner_outputs(model)
     runtime = f"onnxruntime {onnxruntime.__version__}"
-    clients: dict[str, Run] = {f"{runtime}, bodies": _OnnxRuntime(open_model, path, kernel=False)}
+    clients: dict[str, Callable[[], Run]] = {
+        f"{runtime}, bodies": partial(_onnxruntime, open_model, folder, kernel=False)
+    }
     findings = []
     try:
         backend.get_library_path()
     except ImportError as error:
         findings.append(Finding(f"{runtime}, kernels", "not run", None, str(error)))
     else:
-        clients[f"{runtime}, kernels"] = _OnnxRuntime(open_model, path, kernel=True)
+        clients[f"{runtime}, kernels"] = partial(_onnxruntime, open_model, folder, kernel=True)
     foreign = {node.domain for node in model.graph.node} - {"", "ai.onnx", "ai.onnx.ml", DOMAIN}
     reference = f"onnx.reference {onnx.__version__}"
     if foreign:
         findings.append(Finding(reference, "not run", None, f"it lacks the domain {', '.join(sorted(foreign))}"))
     else:
-        clients[reference] = _Reference(open_model, path)
+        clients[reference] = partial(_reference, open_model, folder)
     return clients, findings
 
 
@@ -179,43 +188,34 @@ def _with_inner_outputs(model: ModelProto) -> ModelProto:
     return open_model
 
 
-class _OnnxRuntime:
-    def __init__(self, model: ModelProto, path: Path, *, kernel: bool) -> None:
-        from sa_softmax.backends.onnxruntime._session import Session
+def _onnxruntime(model: ModelProto, folder: Path, *, kernel: bool) -> Run:
+    from sa_softmax.backends.onnxruntime._session import Session
 
-        has_external_data = any(onnx.external_data_helper.uses_external_data(each) for each in model.graph.initializer)
-        self._session: Session | None = None
-        self._make = lambda: Session(model, kernel=kernel, folder=path.parent if has_external_data else None)
-        self._kernel = kernel
-        self._ours = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    has_external_data = any(uses_external_data(tensor) for tensor in model.graph.initializer)
+    session = Session(model, kernel=kernel, folder=folder if has_external_data else None)
+    ours = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Values:
-        if self._session is None:
-            self._session = self._make()
-        values = self._session.run(inputs)
-        if self._session.ran is None or self._ours & self._session.ran != (self._ours if self._kernel else set()):
-            raise RuntimeError(f"{'the kernels' if self._kernel else 'the bodies'} must run, and did not")
+    def run(inputs: Mapping[str, Array]) -> Values:
+        values = session.run(inputs)
+        if ours & session.ran != (ours if kernel else set()):
+            raise RuntimeError(f"{'the kernels' if kernel else 'the bodies'} must run, and did not")
         return values
 
-
-class _Reference:
-    def __init__(self, model: ModelProto, path: Path) -> None:
-        self._names = [output.name for output in model.graph.output]
-        self._make = lambda: ReferenceEvaluator(_with_weights(model, path.parent))
-        self._evaluator: ReferenceEvaluator | None = None
-
-    def __call__(self, inputs: Mapping[str, Array]) -> Values:
-        if self._evaluator is None:
-            self._evaluator = self._make()
-        with np.errstate(all="ignore"):
-            return dict(zip(self._names, self._evaluator.run(None, dict(inputs)), strict=True))
+    return run
 
 
-def _with_weights(model: ModelProto, folder: Path) -> ModelProto:
+def _reference(model: ModelProto, folder: Path) -> Run:
     whole = ModelProto()
     whole.CopyFrom(model)
     onnx.load_external_data_for_model(whole, str(folder))
-    return whole
+    evaluator = ReferenceEvaluator(whole)
+    names = [output.name for output in model.graph.output]
+
+    def run(inputs: Mapping[str, Array]) -> Values:
+        with np.errstate(all="ignore"):
+            return dict(zip(names, evaluator.run(None, dict(inputs)), strict=True))
+
+    return run
 
 
 class _Agreed(NamedTuple):

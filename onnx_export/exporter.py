@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from sa_softmax.onnx_export.check import Report, check
+from sa_softmax.onnx_export.checker import Report, check
 from sa_softmax.onnx_export.operators import DOMAIN, check_opset, complete, nodes_of
 
 __all__ = ["export"]
@@ -27,17 +27,18 @@ def export(
 ) -> Report | None:
     """Write ``model`` to an ONNX file in which each call of SA-Softmax is one node of the domain ``sa_softmax``.
 
-    The file carries a body in standard operators for each of our operators, so it runs in any onnxruntime from 1.19 and in
-    onnx.reference; where the library of sa-softmax-native is registered its kernels run instead. Models are exported as in
-    evaluation. Inputs are called what the model's parameters are; outputs ``output``, or ``output_0``, ``output_1``, ...
+    The file carries a body in standard operators for each operator of ours, so it runs in any onnxruntime from 1.19 and
+    in onnx.reference; where the library of sa-softmax-native is registered its kernels run instead. Modules are
+    exported as in evaluation. Inputs are called what the model's parameters are; outputs ``output``, or ``output_0``,
+    ``output_1`` and so on.
 
     Args:
         model: a torch.nn.Module, a function of torch tensors, or a function of JAX arrays, that calls ``sa_softmax``,
             ``sa_attention`` (of :mod:`sa_softmax` or of the backend) or ``SASoftmax``.
         args: example inputs: a tuple of positional arguments, a dict of keyword arguments, or a single array.
         path: the file to write. PyTorch models above 2 GB put their weights beside it, in PATH.data.
-        dynamic: which axes may have any length, in the structure of ``args``: for each array a dict from axis to a name,
-            or None. Axes of one name have one length. ``({0: "batch", 1: "length"},)``
+        dynamic: which axes may have any length, in the structure of ``args``: for each array a dict from axis to a
+            name, or None. Axes of one name have one length. ``({0: "batch", 1: "length"},)``
         opset: the default opset, 18 to the newest that onnx knows.
         verify: run :func:`sa_softmax.onnx_export.check` on the file, on ``args`` too, against ``model`` itself.
 
@@ -59,7 +60,9 @@ def export(
             "Pass the model itself, and its inputs as args"
         )
     if path.is_dir():
-        raise IsADirectoryError(f"path must name the file to write; got the folder {path}. Add a name: {path}/model.onnx")
+        raise IsADirectoryError(
+            f"path must name the file to write; got the folder {path}. Add a name: {path}/model.onnx"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} to write {path.name} in does not exist. Make it first")
     if isinstance(args, Mapping):
@@ -92,8 +95,8 @@ def export(
     onnx.save(exported, path)
     if not verify:
         return None
-    names = [each.name for each in exported.graph.input]
-    return check(path, inputs=dict(zip(names, inputs, strict=True)), outputs=outputs)
+    used = {each.name for each in exported.graph.input}
+    return check(path, inputs={name: array for name, array in inputs.items() if name in used}, outputs=outputs)
 
 
 def _framework(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -105,8 +108,8 @@ def _framework(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
     if len(found) != 1:
         kinds = sorted({f"{type(leaf).__module__}.{type(leaf).__qualname__}" for leaf in _leaves((args, kwargs))})
         raise TypeError(
-            f"model and args must be of PyTorch or of JAX; got {type(model).__module__}.{type(model).__qualname__} with "
-            f"{', '.join(kinds) or 'no arguments'}. Pass example inputs as torch tensors, or as jax arrays"
+            f"model and args must be of PyTorch or of JAX; got {type(model).__qualname__} with arguments of "
+            f"{', '.join(kinds) or 'no kind'}. Pass example inputs as torch tensors, or as jax arrays"
         )
     return found.pop()
 
@@ -135,6 +138,6 @@ def _check_dynamic(model: ModelProto, dynamic: Any) -> None:
     fixed = wanted - {dim.dim_param for dim in dims}
     if fixed:
         raise ValueError(
-            f"the model fixes the length of the dynamic axes {', '.join(sorted(fixed))}: its code, or the example, allows "
-            "one length only. Give the example lengths of 2 or more, all different, and look for shapes used as numbers"
+            f"the model fixes the length of the dynamic axes {', '.join(sorted(fixed))}: its code, or the example, "
+            "allows one length only. Give the example different lengths of 2 or more, and look for constants in shapes"
         )
