@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-from sa_softmax.backends.torch import _attention, _row
+from sa_softmax.backends.torch import _attention, _export, _row
 
 __all__ = ["SASoftmax", "sa_attention", "sa_softmax"]
 
@@ -38,7 +38,8 @@ def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where:
     Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
     """
     axis = check_softmax(_TORCH, x, axis=axis, variant=variant, where=where)
-    return _row.sa_softmax(x, where, axis, variant)
+    sa_softmax = (_export if torch.compiler.is_exporting() else _row).sa_softmax
+    return sa_softmax(x, where, axis, variant)
 
 
 def sa_attention(
@@ -99,7 +100,8 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
-    return _attention.sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+    sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
+    return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
 
 
 class SASoftmax(nn.Module):

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from sa_softmax.backends.torch import _row
 
-__all__ = ["autocast", "sa_attention"]
+__all__ = ["SAAttentionFunction", "autocast", "sa_attention"]
 
 
 def sa_attention(
@@ -22,7 +22,7 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(_SAAttention, q, k, v, bias, mask, offset, scale, variant)
+    return _row.apply(SAAttentionFunction, q, k, v, bias, mask, offset, scale, variant)
 
 
 def autocast(x: Any) -> Any:
@@ -41,7 +41,7 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
-class _SAAttention(Function):
+class SAAttentionFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["apply", "participating", "sa_softmax", "softmax", "value", "vjp"]
+__all__ = ["SASoftmaxFunction", "apply", "participating", "sa_softmax", "softmax", "value", "vjp"]
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
-    return apply(_SASoftmax, x, where, axis, variant)
+    return apply(SASoftmaxFunction, x, where, axis, variant)
 
 
 def apply(function: type[Function], *args: Any) -> Tensor:
@@ -26,7 +26,7 @@ def apply(function: type[Function], *args: Any) -> Tensor:
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
-class _SASoftmax(Function):
+class SASoftmaxFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
