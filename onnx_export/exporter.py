@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import ModelProto
 
 from sa_softmax.onnx_export.checker import Report, check
 from sa_softmax.onnx_export.operators import DOMAIN, check_opset, complete, nodes_of
@@ -47,10 +46,12 @@ def export(
 
     Raises:
         TypeError: ``model`` is not callable, or ``args`` hold arrays of no supported framework, or of two.
-        ValueError: opset below 18 or unknown, no call of ours in the model, a dynamic axis that the model fixes.
+        ValueError: opset below 18 or unknown, or no call of ours in the model.
         ImportError: a package that the export needs is missing; the message names the extra.
         OSError: the file cannot be written.
         CheckError: the file does not compute what the model does. It stays where it is.
+
+    What torch.onnx and jax2onnx raise about the rest of a model, or a dynamic axis that it fixes, passes through.
     """
     check_opset(opset)
     path = Path(path)
@@ -90,7 +91,6 @@ def export(
             f"the model holds no node of the domain {DOMAIN}: it never called sa_softmax, SASoftmax or sa_attention. "
             "If its attention should be SA attention, switch it before the export"
         )
-    _check_dynamic(exported, dynamic)
     complete(exported)
     onnx.save(exported, path)
     if not verify:
@@ -130,14 +130,3 @@ def _leaves(tree: Any) -> list[Any]:
 def _need(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ImportError(f"this export needs {package}, which is not installed: pip install 'sa-softmax[{extra}]'")
-
-
-def _check_dynamic(model: ModelProto, dynamic: Any) -> None:
-    wanted = {leaf for leaf in _leaves(dynamic) if isinstance(leaf, str)}
-    dims = [dim for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
-    fixed = wanted - {dim.dim_param for dim in dims}
-    if fixed:
-        raise ValueError(
-            f"the model fixes the length of the dynamic axes {', '.join(sorted(fixed))}: its code, or the example, "
-            "allows one length only. Give the example different lengths of 2 or more, and look for constants in shapes"
-        )

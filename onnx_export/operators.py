@@ -39,6 +39,8 @@ _WHERE = _input("where", "True where an entry participates; broadcasts to X.", "
 def _infer_row(context: InferenceContext) -> None:
     """The output is like X."""
     x = context.get_input_type(0)
+    if x is None:
+        return
     if x.tensor_type.HasField("shape") and not x.tensor_type.shape.dim:
         raise InferenceError("X must have at least one axis; got a 0-d tensor")
     context.set_output_type(0, x)
@@ -47,6 +49,8 @@ def _infer_row(context: InferenceContext) -> None:
 def _infer_attention(context: InferenceContext) -> None:
     """(..., Hq, Tq, Dv), of Q and V."""
     q, v = context.get_input_type(0), context.get_input_type(2)
+    if q is None or v is None:
+        return
     o = TypeProto()
     o.tensor_type.elem_type = q.tensor_type.elem_type
     if q.tensor_type.HasField("shape"):

@@ -1,7 +1,9 @@
 """One model in onnxruntime: NumPy in and out, bfloat16 included, and the knowledge of what ran."""
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,8 @@ class Session:
     def __init__(self, model: ModelProto, *, kernel: bool, folder: Path | None = None, threads: int = 0) -> None:
         self._outputs = [output.name for output in model.graph.output]
         model, self._bfloat16 = _with_float32_borders(model)
-        self._profiles = tempfile.TemporaryDirectory()
+        folder_of_profile = tempfile.mkdtemp()
+        self._clean_up = weakref.finalize(self, shutil.rmtree, folder_of_profile, ignore_errors=True)
         self._is_profiled = False
         self.ran: frozenset[str] = frozenset()
         """The operators that the first run executed. Ours is one of them if a kernel ran, and none if a body did."""
@@ -44,7 +47,7 @@ class Session:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(self._profiles.name, "profile"))
+        options.profile_file_prefix = str(Path(folder_of_profile, "profile"))
         if kernel:
             register(options)
         with _source(model, folder) as source:
@@ -63,7 +66,7 @@ class Session:
             self._is_profiled = True
             events = json.loads(Path(self._session.end_profiling()).read_text())
             self.ran = frozenset(event["args"]["op_name"] for event in events if event.get("cat") == "Node")
-            self._profiles.cleanup()
+            self._clean_up()
         return {
             name: array.astype(ml_dtypes.bfloat16) if name in self._bfloat16 else array
             for name, array in zip(self._outputs, arrays, strict=True)
