@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+NATIVE := $(shell find backends/native -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.t[ox][mt]*' \))
+
 .PHONY: demo test lint clean
 
 demo: .venv/ready  ## train a small model with SA attention, compare the backends on its scores
@@ -16,12 +18,14 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 # torch first and by itself: whatever asks for it later then finds the pinned build in place.
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sa-softmax needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	$(PIP) ./backends/native
 	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf backends/native/build tests/clients/node_modules examples/browser/node_modules

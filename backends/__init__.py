@@ -1,8 +1,8 @@
 """The registry of backends: the one list that dispatch, tests, documentation and the command line read.
 
 A backend named NAME is the folder ``backends/NAME``. Its package defines ``sa_softmax`` and ``sa_attention`` for the
-framework's arrays; its module ``adapter`` defines ``Adapter``, which speaks the protocol of
-:mod:`sa_softmax.backends.protocol` so that the conformance suite can run it.
+framework's arrays, if it has arrays of its own; its module ``adapter`` defines ``Adapter``, which speaks the protocol
+of :mod:`sa_softmax.backends.protocol` so that the conformance suite can run it.
 """
 
 import importlib
@@ -17,17 +17,20 @@ __all__ = ["REGISTRY", "Entry", "get"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One backend: its name, the array class it owns, and the extra of ``sa-softmax`` that installs its framework."""
+    """One backend: its name, its framework's module with the array class that it owns (None for a runtime without
+    arrays of its own), and the extra of ``sa-softmax`` that installs the framework."""
 
     name: str
     array_module: str
-    array_class: str
+    array_class: str | None
     extra: str | None
 
     def owns(self, x: Any) -> bool:
         """Whether ``x`` is an array of this framework; a framework that nobody imported owns nothing."""
         module = sys.modules.get(self.array_module)
-        return module is not None and isinstance(x, getattr(module, self.array_class, ()))
+        if module is None or self.array_class is None:
+            return False
+        return isinstance(x, getattr(module, self.array_class, ()))
 
     def installed(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
@@ -67,6 +70,7 @@ REGISTRY = (
     Entry("torch", "torch", "Tensor", extra="torch"),
     Entry("jax", "jax", "Array", extra="jax"),
     Entry("mlx", "mlx.core", "array", extra="mlx"),
+    Entry("onnxruntime", "onnxruntime", None, extra="onnx"),
     Entry("array_api", "array_api_strict._array_object", "Array", extra=None),  # the class has no public name
 )
 

@@ -2,19 +2,22 @@
 
     python examples/demo.py [--text FILE] [--variant normalized|product] [--seconds 60] [--seed 0] [--output DIR]
 
-Five steps, each explained as it runs: training on real text, a sample of what was learned, the agreement of the
-backends on the trained model's own attention scores, the conformance matrix, and a picture of one attention map.
-Needs the extras torch and conformance of sa-softmax, and matplotlib; other backends take part where installed.
+Six steps, each explained as it runs: training on real text, a sample of what was learned, the agreement of the
+backends on the trained model's own attention scores, the conformance matrix, a picture of one attention map, and the
+model as an ONNX file that writes the same text in onnxruntime. Needs the extras torch, onnx and conformance of
+sa-softmax, and matplotlib; other backends, and the kernels of sa-softmax-native, take part where installed.
 """
 
 import argparse
 import math
 import os
+import statistics
 import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
+import onnxruntime
 import torch
-from char_model import CONTEXT, CharModel, Corpus, TextError, sample, train, validation_bits
+from char_model import CONTEXT, CharModel, Corpus, TextError, sample, save_onnx, train, validation_bits
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console, Group
@@ -35,6 +39,7 @@ from rich.text import Text
 
 from sa_softmax import conformance, reference
 from sa_softmax.backends import REGISTRY
+from sa_softmax.backends.onnxruntime import register
 from sa_softmax.conformance.report import matrix, progress
 
 VARIANTS = ("normalized", "product")
@@ -80,6 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     picture = args.output / "attention.png"
     plot_attention(model, corpus, picture)
     console.print(f"saved {picture}", markup=False, soft_wrap=True)
+
+    heading(
+        console, "6  Deploy",
+        "One .onnx file: it runs in any onnxruntime by the bodies that it carries, and on our kernels where they are "
+        "registered.",
+    )  # fmt: skip
+    file = args.output / "char_model.onnx"
+    with console.status("exporting"):
+        save_onnx(model, corpus.alphabet, file)
+    console.print(f"saved {file}, and checked it: every SA node is right in every client at hand", soft_wrap=True)
+    console.print(deployment_table(deployments(model, corpus, file, args.seed)))
 
     failed = [report.backend for report in reports if not report.ok]
     for name in failed:
@@ -323,6 +339,78 @@ def plot_attention(model: CharModel, corpus: Corpus, path: Path, length: int = 4
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for what the font lacks
         figure.savefig(path, dpi=100)
+
+
+# 6  Deploy
+
+Client = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How one client writes text: the time of one step of the model in milliseconds, and what it wrote."""
+
+    client: str
+    milliseconds: float = math.nan
+    text: str = ""
+    skipped: str = ""
+
+
+def deployments(model: CharModel, corpus: Corpus, file: Path, seed: int, length: int = 400) -> list[Deployment]:
+    """The model in PyTorch and its file in onnxruntime, by the bodies and by the kernels: the same prompt and draws.
+
+    Steps of a whole context are timed in turns, one client after the other, and the median is kept: what else the
+    machine does then burdens all of them.
+    """
+    clients: dict[str, Client] = {"PyTorch": model, "ONNX, bodies": _opened(file)}
+    skipped = []
+    try:
+        clients["ONNX, kernels"] = _opened(file, kernels=True)
+    except ImportError as error:
+        skipped = [Deployment("ONNX, kernels", skipped=str(error))]
+    prompt, context = held_out_passage(corpus, 40), corpus.validation[None, :CONTEXT]
+    texts = {name: list(sample(client, prompt, length, seed)) for name, client in clients.items()}
+    times: dict[str, list[float]] = {name: [] for name in clients}
+    with torch.inference_mode():
+        for _ in range(30):
+            for name, client in clients.items():
+                start = time.perf_counter()
+                client(context)
+                times[name].append(time.perf_counter() - start)
+                time.sleep(0.01)  # the threads of one client must not spin while the next one is timed
+    return [
+        Deployment(name, 1e3 * statistics.median(times[name]), corpus.decode(torch.tensor(texts[name])))
+        for name in clients
+    ] + skipped
+
+
+def _opened(file: Path, *, kernels: bool = False) -> Client:
+    """The model in onnxruntime, called like the module."""
+    options = onnxruntime.SessionOptions()
+    if kernels:
+        register(options)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (given,) = (each.name for each in session.get_inputs())
+    return lambda indices: torch.from_numpy(session.run(None, {given: indices.numpy()})[0])
+
+
+def deployment_table(found: list[Deployment]) -> Group:
+    """One line per client; the text of each is compared with that of the first."""
+    first, *_ = found
+    bodies = next(each.milliseconds for each in found if each.client.endswith("bodies"))
+    table = Table("client", "writes", title="The same prompt, the same draws", box=box.SIMPLE_HEAD)
+    for title in (f"ms a step of {CONTEXT}", "against the bodies"):
+        table.add_column(title, justify="right")
+    for each in found:
+        if each.skipped:
+            table.add_row(each.client, "[dim]not installed[/]")
+            continue
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first.text, each.text, strict=True)))
+        says = "the same text" if same == len(each.text) else f"the same {same} of {len(each.text)} characters"
+        if each is first:
+            says = f"{len(each.text)} characters"
+        table.add_row(each.client, says, f"{each.milliseconds:.2f}", f"{bodies / each.milliseconds:.2f} times as fast")
+    return Group(table, *(Text(each.skipped) for each in found if each.skipped))
 
 
 if __name__ == "__main__":

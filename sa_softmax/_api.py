@@ -83,7 +83,7 @@ def _backend_of(x: Any, name: str) -> ModuleType:
             return getattr(backends, entry.name)
     if array_api_compat.is_array_api_obj(x):
         return array_api  # whatever its library is: the registry's array_api_strict need not be installed
-    kinds = ", ".join(f"{entry.array_module}.{entry.array_class}" for entry in REGISTRY)
+    kinds = ", ".join(f"{entry.array_module}.{entry.array_class}" for entry in REGISTRY if entry.array_class)
     raise TypeError(
         f"{name} must be an array of a supported framework ({kinds}, or another array-API library); "
         f"got {type(x).__module__}.{type(x).__qualname__}. Convert it first, with numpy.asarray for example"

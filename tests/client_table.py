@@ -29,13 +29,13 @@ import torch
 from javascript import Missing
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from sa_softmax.backends.onnxruntime._session import Session
-from sa_softmax.backends.onnxruntime.adapter import BodyAdapter, _model
-from sa_softmax.onnx_export.operators import nodes_of
 from support import FLOATS, VARIANTS, finfo, numpy_dtype
 
 from sa_softmax import reference
+from sa_softmax.backends.onnxruntime._session import Session
+from sa_softmax.backends.onnxruntime.adapter import BodyAdapter, _model
 from sa_softmax.onnx_export import complete
+from sa_softmax.onnx_export.operators import nodes_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))

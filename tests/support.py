@@ -46,6 +46,11 @@ def backends() -> list[Any]:
     ]
 
 
+def array_backends() -> list[Any]:
+    """Those of :func:`backends` whose framework has arrays of its own."""
+    return [parameter for parameter in backends() if parameter.values[0].array_class is not None]
+
+
 def to_framework(name: str, values: Any, dtype: str = "float32") -> Any:
     """An array of the framework of the registry's backend ``name``."""
     array = np.asarray(values)

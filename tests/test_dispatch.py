@@ -16,7 +16,7 @@ from unittest import mock
 import array_api_compat
 import numpy as np
 import pytest
-from support import backends, to_framework
+from support import array_backends, backends, to_framework
 
 import sa_softmax
 from sa_softmax import _api
@@ -58,7 +58,7 @@ def test_importing_the_package_imports_numpy_and_array_api_compat_only() -> None
     assert third_party_modules_after("import sa_softmax") == {"sa_softmax", "numpy", "array_api_compat"}
 
 
-@pytest.mark.parametrize("entry", backends())
+@pytest.mark.parametrize("entry", array_backends())
 def test_an_array_is_recognised_without_importing_another_framework(entry: Entry) -> None:
     own = entry.array_module.partition(".")[0]
     make = {
@@ -80,7 +80,7 @@ def test_an_array_is_recognised_without_importing_another_framework(entry: Entry
 # Dispatch.
 
 
-@pytest.mark.parametrize("entry", backends())
+@pytest.mark.parametrize("entry", array_backends())
 def test_an_array_goes_to_the_backend_that_owns_it(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     module, received = entry.load(), []
     for name in ("sa_softmax", "sa_attention"):
@@ -140,7 +140,7 @@ def test_what_is_no_array_is_refused_by_name(x: Any) -> None:
         assert f"got {name}." in message
         assert "numpy.asarray" in message
         for entry in REGISTRY:
-            assert f"{entry.array_module}.{entry.array_class}" in message
+            assert (f"{entry.array_module}.{entry.array_class}" in message) is (entry.array_class is not None)
 
 
 # The registry.
@@ -201,7 +201,7 @@ def test_the_registry_lists_the_folders_that_have_an_adapter() -> None:
     assert sorted(path.parent.name for path in folder.glob("*/adapter.py")) == sorted(entry.name for entry in REGISTRY)
 
 
-@pytest.mark.parametrize("entry", backends())
+@pytest.mark.parametrize("entry", array_backends())
 @pytest.mark.parametrize("name", _api.__all__)
 def test_every_backend_has_the_public_signature(entry: Entry, name: str) -> None:
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
