@@ -4,6 +4,7 @@ An ONNX model holds the operators with a function body each, so it runs without 
 session runs their kernels instead.
 """
 
+import importlib
 from typing import Any
 
 __all__ = ["get_library_path", "register"]
@@ -16,13 +17,14 @@ def get_library_path() -> str:
         ImportError: the distribution with the library is not installed; the message names it.
     """
     try:
-        from sa_softmax_native import library_path
+        native = importlib.import_module("sa_softmax_native")
     except ModuleNotFoundError as error:
         raise ImportError(
             "the onnxruntime kernels are a distribution of their own, which is not installed: "
             "pip install sa-softmax-native"
         ) from error
-    return library_path()
+    path: str = native.library_path()
+    return path
 
 
 def register(session_options: Any) -> None:
