@@ -16,9 +16,10 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 from onnx.reference import ReferenceEvaluator
 
+from sa_softmax.onnx_export.bodies import DOMAIN
 from sa_softmax.onnx_export.bounds import expected
 from sa_softmax.onnx_export.draw import draw
-from sa_softmax.onnx_export.operators import DOMAIN, SCHEMAS, nodes_of
+from sa_softmax.onnx_export.operators import SCHEMAS, nodes_of
 
 __all__ = ["CheckError", "Finding", "Report", "check"]
 

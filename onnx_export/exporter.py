@@ -9,8 +9,9 @@ from typing import Any
 
 import onnx
 
+from sa_softmax.onnx_export.bodies import DOMAIN
 from sa_softmax.onnx_export.checker import Report, check
-from sa_softmax.onnx_export.operators import DOMAIN, check_opset, complete, nodes_of
+from sa_softmax.onnx_export.operators import check_opset, complete, nodes_of
 
 __all__ = ["export"]
 

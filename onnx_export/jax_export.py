@@ -20,7 +20,7 @@ from jax.interpreters import batching
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
 from sa_softmax.backends.jax import _attention, _softmax
-from sa_softmax.onnx_export.operators import DOMAIN, VERSION
+from sa_softmax.onnx_export.bodies import DOMAIN, VERSION
 
 __all__ = ["export_jax"]
 

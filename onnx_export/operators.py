@@ -15,7 +15,7 @@ from onnx.shape_inference import InferenceContext, InferenceError
 
 from sa_softmax.onnx_export.bodies import DOMAIN, OPTIONAL, VERSION, function
 
-__all__ = ["DOMAIN", "MIN_OPSET", "SCHEMAS", "VERSION", "check_opset", "complete", "functions", "nodes_of"]
+__all__ = ["MIN_OPSET", "SCHEMAS", "check_opset", "complete", "functions", "nodes_of"]
 
 MIN_OPSET = 18
 """The oldest default opset that the bodies can be written in: from there on ReduceMin takes its axes as an input."""
@@ -38,7 +38,7 @@ _WHERE = _input("where", "True where an entry participates; broadcasts to X.", "
 
 def _infer_row(context: InferenceContext) -> None:
     """The output is like X."""
-    x = context.get_input_type(0)
+    x: TypeProto | None = context.get_input_type(0)
     if x is None:
         return
     if x.tensor_type.HasField("shape") and not x.tensor_type.shape.dim:
@@ -48,7 +48,8 @@ def _infer_row(context: InferenceContext) -> None:
 
 def _infer_attention(context: InferenceContext) -> None:
     """(..., Hq, Tq, Dv), of Q and V."""
-    q, v = context.get_input_type(0), context.get_input_type(2)
+    q: TypeProto | None = context.get_input_type(0)
+    v: TypeProto | None = context.get_input_type(2)
     if q is None or v is None:
         return
     o = TypeProto()

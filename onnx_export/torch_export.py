@@ -10,18 +10,19 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnxscript import ir, values
-from onnxscript import opset18 as op
+from onnxscript import ir, opset18, values
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sa_softmax.backends.torch import _export  # noqa: F401 - defines torch.ops.sa_softmax
-from sa_softmax.onnx_export.operators import DOMAIN, SCHEMAS, VERSION
+from sa_softmax.onnx_export.bodies import DOMAIN, VERSION
+from sa_softmax.onnx_export.operators import SCHEMAS
 
 __all__ = ["export_torch"]
 
 Array = npt.NDArray[Any]
 
+op: Any = opset18
 _OURS = {name: values.Op(values.Opset(DOMAIN, VERSION), name, schema) for name, schema in SCHEMAS.items()}
 
 
@@ -52,7 +53,7 @@ def export_torch(
     for i, output in enumerate(outputs):
         output.name = "output" if len(outputs) == 1 else f"output_{i}"
     program.save(path)
-    names = [each.name for each in program.model.graph.inputs]
+    names = [str(each.name) for each in program.model.graph.inputs]
     return dict(zip(names, _arrays((args, dict(kwargs))), strict=True)), _arrays(expected)
 
 

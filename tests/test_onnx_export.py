@@ -1,6 +1,8 @@
 """Export of models that call SA-Softmax, and the check of the files."""
 
 import importlib
+import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -374,3 +376,42 @@ def test_commands(torch: Any, command: Any, char_file: Any, tmp_path: Path) -> N
         done = command(*args)
         assert done.exit_code == 2, args
         assert "error: " in done.output
+
+
+# The documents.
+
+
+def test_the_operator_pages_say_what_the_schemas_say() -> None:
+    from sa_softmax.onnx_export.operators import SCHEMAS
+
+    pages = dict(
+        part.split("\n", 1) for part in (ROOT / "docs" / "operators.md").read_text().split("\n## ") if part[:2] == "SA"
+    )
+    assert set(pages) == set(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        page = pages[name]
+        positions = [page.index(f"- `{each.name}` (") for each in (*schema.inputs, *schema.outputs)]
+        assert positions == sorted(positions)
+        for each in schema.inputs:
+            optional = ", optional" if each.option.name == "Optional" else ""
+            assert f"- `{each.name}` ({each.type_str}{optional})" in page
+        for attribute in schema.attributes.values():
+            assert f"`{attribute.name}`" in page
+            default = attribute.default_value
+            if default.name and not page.count("as in SASoftmax"):
+                value = onnx.helper.get_attribute_value(default)
+                said = f'"{value.decode()}"' if isinstance(value, bytes) else value
+                assert f"- `{attribute.name}` ({attribute.type.name.lower()}, default {said})" in page
+
+
+def test_the_code_of_the_guide_runs(torch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "export.md").read_text()
+    blocks = re.findall(r"^(<!-- needs sa-softmax-native -->\n)?```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert [bool(needs_kernels) for needs_kernels, _ in blocks] == [False, False, True]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for needs_kernels, code in blocks:
+        if not needs_kernels or importlib.util.find_spec("sa_softmax_native"):
+            exec(code, names)
+    assert names["report"].ok
+    assert names["y"].shape == (2, 32)

@@ -5,6 +5,7 @@ consists of.
 """
 
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
+from sa_softmax.backends.onnxruntime import get_library_path
 from sa_softmax.backends.onnxruntime._session import Session
 from sa_softmax.backends.protocol import Array
 from sa_softmax.onnx_export import complete
-from sa_softmax.onnx_export.operators import DOMAIN, MIN_OPSET
+from sa_softmax.onnx_export.bodies import DOMAIN
+from sa_softmax.onnx_export.operators import MIN_OPSET
 
 __all__ = ["Adapter", "BodyAdapter"]
 
@@ -77,8 +80,12 @@ class Adapter(BodyAdapter):
     """The kernels of our library, registered with every session."""
 
     name = "onnxruntime"
-    implementation = "kernels"
     _kernel = True
+
+    def __init__(self) -> None:
+        """Raises ImportError that names the distribution to install if the library is missing."""
+        get_library_path()
+        self.implementation = f"kernels of sa-softmax-native {metadata.version('sa-softmax-native')}"
 
 
 def _model(
@@ -109,7 +116,10 @@ def _model(
     graph = helper.make_graph(
         nodes,
         operator,
-        [helper.make_tensor_value_info(name, _element_type(each), [None] * n) for name, (each, n) in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, _element_type(each), [f"{name}_axis_{i}" for i in range(n)])
+            for name, (each, n) in inputs.items()
+        ],
         [helper.make_tensor_value_info("output", _element_type(dtype), [None] * rank)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
