@@ -15,7 +15,7 @@ from sa_softmax import reference
 from sa_softmax.backends.numpy.adapter import Adapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
 
-__all__ = ["kernel_mutants"]
+__all__ = ["KernelMutant", "When", "kernel_mutants"]
 
 When = Callable[[tuple[Array, ...], dict[str, Any]], bool]
 
