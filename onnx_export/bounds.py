@@ -37,11 +37,16 @@ class Expected(NamedTuple):
             return float(np.where(difference == 0, 0, difference / self.bound).max(initial=0))
 
 
-def expected(operator: str, inputs: dict[str, Array], attributes: dict[str, Any]) -> Expected:
-    """For the inputs and attributes of a node, by their names in the operator's schema."""
+def expected(
+    operator: str, inputs: dict[str, Array], attributes: dict[str, Any], *, inputs_were_rounded: bool = True
+) -> Expected:
+    """For the inputs and attributes of a node, by their names in the operator's schema.
+
+    If ``inputs_were_rounded`` is false the node may have had each input as it was before it took its dtype.
+    """
     dtype = next(iter(inputs.values())).dtype
     wide = {name: a if a.dtype == bool else a.astype(np.float64) for name, a in inputs.items()}
-    compute = COMPUTE_DTYPE[dtype.name]
+    compute = COMPUTE_DTYPE[dtype.name] if inputs_were_rounded else dtype.name
     with np.errstate(all="ignore"):
         value, error = _OPERATORS[operator](_roundoff(compute), **wide, **attributes)
         info = ml_dtypes.finfo(dtype)

@@ -30,7 +30,8 @@ def export(
     The file carries a body in standard operators for each operator of ours, so it runs in any onnxruntime from 1.19 and
     in onnx.reference; where the library of sa-softmax-native is registered its kernels run instead. Modules are
     exported as in evaluation. Inputs are called what the model's parameters are; outputs ``output``, or ``output_0``,
-    ``output_1`` and so on.
+    ``output_1`` and so on; or both what a PyTorch module lists as its ``input_names`` and ``output_names``, as
+    :class:`~sa_softmax.backends.torch.transformers.WithPast` does.
 
     Args:
         model: a torch.nn.Module, a function of torch tensors, or a function of JAX arrays, that calls ``sa_softmax``,

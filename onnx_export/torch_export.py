@@ -32,6 +32,7 @@ def export_torch(
 ) -> tuple[dict[str, Array], list[Array]]:  # fmt: skip
     """Write the file, whose nodes still lack their bodies; gives the inputs, and what ``model`` makes of them."""
     module = model if isinstance(model, nn.Module) else _Function(model)
+    input_names, output_names = (getattr(module, name, None) for name in ("input_names", "output_names"))
     with _evaluating(module), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own code and about axes that share a name
         program = torch.onnx.export(
@@ -42,6 +43,7 @@ def export_torch(
             verbose=False,
             dynamic_shapes=dynamic,
             opset_version=opset,
+            input_names=input_names,
             custom_translation_table={
                 torch.ops.sa_softmax.sa_softmax.default: _softmax,
                 torch.ops.sa_softmax.sa_attention.default: _attention,
@@ -50,8 +52,10 @@ def export_torch(
         expected = module(*args, **kwargs)
     assert program is not None
     outputs = program.model.graph.outputs
-    for i, output in enumerate(outputs):
-        output.name = "output" if len(outputs) == 1 else f"output_{i}"
+    if output_names is None:
+        output_names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
+    for output, name in zip(outputs, output_names, strict=True):
+        output.name = name
     program.save(path)
     names = [str(each.name) for each in program.model.graph.inputs]
     return dict(zip(names, _arrays((args, dict(kwargs))), strict=True)), _arrays(expected)

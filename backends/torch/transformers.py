@@ -250,14 +250,9 @@ class WithPast(nn.Module):
         )
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
-        """The ``dynamic_shapes`` that torch.export and torch.onnx.export need for any batch, length and past."""
-        batch, length, past, total = (torch.export.Dim(name) for name in ("batch", "length", "past", "total"))
-        return (
-            {0: batch, 1: length},
-            {0: batch, 1: total},
-            {0: batch, 1: length},
-            [{0: batch, 2: past} for _ in self.past_shapes],
-        )
+        """The axes that may have any length, by name, as torch.onnx.export and the exporter of sa_softmax take them."""
+        tokens = {0: "batch", 1: "length"}
+        return tokens, {0: "batch", 1: "past + length"}, tokens, [{0: "batch", 2: "past"} for _ in self.past_shapes]
 
 
 # The attention function and the mask function.
