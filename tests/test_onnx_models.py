@@ -55,7 +55,7 @@ def make(name: str, implementation: str = "sa_softmax", dtype: Any = torch.float
     model = auto.from_config(CONFIGS[name](), attn_implementation=implementation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.4)
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.to(dtype)
 
 
@@ -92,7 +92,7 @@ def export_model(model: Any, path: Path) -> Exported:
         report = export(function, function.example(), path, dynamic=function.dynamic_shapes())
         return Exported(model, function, path, report)
     inputs = {"input_ids": tokens(2, 5), "attention_mask": mask_of([0, 2], 5), "token_type_ids": tokens(2, 5) % 2}
-    report = export(model, inputs, path, dynamic=dict.fromkeys(inputs, {0: "batch", 1: "length"}))
+    report = export(model, inputs, path, dynamic={key: {0: "batch", 1: "length"} for key in inputs})
     return Exported(model, model, path, report)
 
 
@@ -131,7 +131,7 @@ def dims(value: Any) -> list[str | int]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_attention_is_one_node(name: str, implementation: str, exported: Any) -> None:
-    _, function, path, report = exported(name, implementation)
+    _, function, path, _ = exported(name, implementation)
     file = onnx.load(path)
     onnx.checker.check_model(file, full_check=True)
     nodes = list(nodes_of(file))
@@ -255,8 +255,8 @@ def test_decoding_is_that_of_generate_token_for_token(
         ids, mask = tokens(len(paddings), length), mask_of(paddings, length)
         # The prefill and 8 steps that get its keys and values back.
         wanted = file.model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
-        assert len(wanted[:, length:].unique()) > 2
         assert torch.equal(greedy(file, run, ids, mask, 9), wanted)
+    assert len(wanted[:, length:].unique()) >= 5  # not one token again and again
 
 
 # 16 bits.

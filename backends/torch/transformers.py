@@ -175,14 +175,13 @@ def _change(implementation: str, before: Any, after: dict[str, Tensor]) -> Chang
 
 
 class WithPast(nn.Module):
-    """A causal language model as a function of tensors alone, for torch.export and ONNX.
+    """A causal language model as a function of tensors alone, for export to ONNX.
 
     The keys and values of the past go in and come out as tensors, so one graph serves the prefill, with a past of
     length 0, and each step of decoding::
 
         model = WithPast(AutoModelForCausalLM.from_pretrained(path))
-        torch.onnx.export(model, model.example(), "model.onnx", dynamo=True, dynamic_shapes=model.dynamic_shapes(),
-                          input_names=model.input_names, output_names=model.output_names)
+        sa_softmax.onnx_export.export(model, model.example(), "model.onnx", dynamic=model.dynamic_shapes())
 
     Args:
         model: a decoder-only model whose layers all cache keys and values. It is set to evaluation mode.
@@ -250,7 +249,7 @@ class WithPast(nn.Module):
         )
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
-        """The axes that may have any length, by name, as torch.onnx.export and the exporter of sa_softmax take them."""
+        """The axes that may have any length, by name, for sa_softmax.onnx_export and torch.onnx.export."""
         tokens = {0: "batch", 1: "length"}
         return tokens, {0: "batch", 1: "past + length"}, tokens, [{0: "batch", 2: "past"} for _ in self.past_shapes]
 
