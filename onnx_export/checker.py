@@ -245,8 +245,8 @@ class _Subject:
             inputs = {name: values[value] for name, value in zip(names, node.input, strict=False) if value}
             attributes = {attribute.name: _plain(helper.get_attribute_value(attribute)) for attribute in node.attribute}
             subject = f"{node.op_type} {i + 1} of {len(self._nodes)}, {attributes['variant']}"
-            # Where onnxruntime lacks float16 kernels it computes in float32, and does not round what goes from there into
-            # a body, which computes in float32 too.
+            # Where onnxruntime lacks float16 kernels it computes in float32, and does not round what goes from there
+            # into a body, which computes in float32 too.
             rounded = not (client.endswith(", bodies") and next(iter(inputs.values())).dtype == np.float16)
             yield Finding(client, subject, _error(node, inputs, attributes, values[node.output[0]], rounded))
 
