@@ -4,13 +4,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 NATIVE := $(shell find backends/native -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.t[ox][mt]*' \))
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: .venv/ready  ## train a small model with SA attention, compare the backends on its scores
 	$(BIN)/python examples/demo.py
 
-test: .venv/ready lint  ## everything CI runs on the checkout
-	$(BIN)/python -m pytest
+test: .venv/ready lint  ## all tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+fuzz: .venv/ready  ## random calls of the kernels, under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PIP) cmake ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S backends/native -B build/fuzz -G Ninja -DSA_SOFTMAX_FUZZ=ON -DSA_SOFTMAX_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz --target fuzz
+	build/fuzz/fuzz 20000
 
 lint: .venv/ready
 	$(BIN)/ruff check .

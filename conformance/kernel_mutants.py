@@ -14,6 +14,7 @@ import numpy as np
 from sa_softmax import reference
 from sa_softmax.backends.numpy.adapter import Adapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
+from sa_softmax.conformance.mutants import Mutant
 
 __all__ = ["KernelMutant", "When", "kernel_mutants"]
 
@@ -27,30 +28,18 @@ _participating, _scores = _original["_participating"], _original["_scores"]
 _weigh, _sum_to, _sum_groups, _t = (_original[name] for name in ("_weigh", "_sum_to", "_sum_groups", "_t"))
 
 
-class KernelMutant(Adapter):
+class KernelMutant(Mutant):
     """The reference with ``parts`` replaced, in the row operation or in attention, where ``when`` holds."""
 
     def __init__(self, name: str, kind: str, when: When, **parts: Any) -> None:
-        self.name, self._kind, self._when, self._parts = name, kind, when, parts
+        super().__init__(name, **parts)
+        self._kind, self._when = kind, when
 
     def _run(self, operation: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> Any:
-        run = getattr(super(), operation)
         if self._kind not in operation or not all(a.size for a in arrays) or not self._when(arrays, options):
-            return run(*arrays, **options)
-        with np.errstate(all="ignore"), mock.patch.multiple(reference, **self._parts):
-            return run(*arrays, **options)
-
-    def sa_softmax(self, x: Array, **options: Any) -> Any:
-        return self._run("sa_softmax", (x,), options)
-
-    def sa_softmax_vjp(self, x: Array, g: Array, **options: Any) -> Any:
-        return self._run("sa_softmax_vjp", (x, g), options)
-
-    def sa_attention(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
-        return self._run("sa_attention", (q, k, v), options)
-
-    def sa_attention_vjp(self, q: Array, k: Array, v: Array, do: Array, **options: Any) -> Any:
-        return self._run("sa_attention_vjp", (q, k, v, do), options)
+            return getattr(Adapter, operation)(self, *arrays, **options)
+        with np.errstate(all="ignore"):
+            return super()._run(operation, arrays, options)
 
 
 def kernel_mutants() -> dict[str, Backend]:

@@ -39,7 +39,8 @@ def export(
         args: example inputs: a tuple of positional arguments, a dict of keyword arguments, or a single array.
         path: the file to write. PyTorch models above 2 GB put their weights beside it, in PATH.data.
         dynamic: which axes may have any length, in the structure of ``args``: for each array a dict from axis to a
-            name, or None. Axes of one name have one length. ``({0: "batch", 1: "length"},)``
+            name, or None. Axes of one name have one length, and a name may be a sum of names.
+            ``({0: "batch", 1: "length"}, {1: "past + length"})``
         opset: the default opset, 18 to the newest that onnx knows.
         verify: run :func:`sa_softmax.onnx_export.check` on the file, on ``args`` too, against ``model`` itself.
 

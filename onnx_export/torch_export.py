@@ -1,5 +1,6 @@
 """Export from PyTorch: torch.onnx finds our operators whole (backends/torch/_export.py), and here they become nodes."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def export_torch(
     """Write the file, whose nodes still lack their bodies; gives the inputs, and what ``model`` makes of them."""
     module = model if isinstance(model, nn.Module) else _Function(model)
     input_names, output_names = (getattr(module, name, None) for name in ("input_names", "output_names"))
-    with _evaluating(module), torch.no_grad(), warnings.catch_warnings():
+    with _evaluating(module), _without_remarks(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own code and about axes that share a name
         program = torch.onnx.export(
             module,
@@ -59,6 +60,18 @@ def export_torch(
     program.save(path)
     names = [str(each.name) for each in program.model.graph.inputs]
     return dict(zip(names, _arrays((args, dict(kwargs))), strict=True)), _arrays(expected)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """torch.onnx would tell everyone without torchvision that it skips the operators of that."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Function(nn.Module):

@@ -21,30 +21,39 @@ def main() -> None:
 def _app() -> Callable[[], None]:
     """The application, made late: its libraries are an extra."""
     import typer
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from sa_softmax import backends as registry
+    from sa_softmax._onnx import add_commands
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, help="Self-Adjust Softmax: backends and conformance.")
+    title = "Self-Adjust Softmax: backends, conformance, ONNX."
+    app = typer.Typer(no_args_is_help=True, add_completion=False, help=title)
     console = Console()
 
     def fail(error: Exception) -> typer.Exit:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return typer.Exit(2)
 
+    add_commands(app, fail)
+
     @app.command()
     def backends() -> None:
         """List the backends: what is installed, and which implementation runs where."""
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("backend", "installed", "implementation", "devices", "dtypes"):
-            table.add_column(title)
+            table.add_column(title, overflow="fold")
         for entry in registry.REGISTRY:
             if not entry.installed():
                 table.add_row(entry.name, escape(f"no: {entry.install()}"))
                 continue
-            adapter = entry.adapter()
+            try:
+                adapter = entry.adapter()
+            except ImportError as error:
+                table.add_row(entry.name, escape(f"no: {error}"))
+                continue
             dtypes = ", ".join(adapter.dtypes)
             table.add_row(entry.name, adapter.version, adapter.implementation, ", ".join(adapter.devices), dtypes)
         console.print(table)

@@ -8,11 +8,13 @@ import functools
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 FOLDER = Path(__file__).parent / "clients"
 TYPES = ("float16", "float32", "float64", "int64", "bool")
@@ -35,9 +37,10 @@ def node() -> str:
     if node is None or npm is None:
         raise Missing("needs Node.js and npm")
     installed, wanted = FOLDER / "node_modules" / ".package-lock.json", FOLDER / "package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
-        npm_ci = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=FOLDER, capture_output=True, text=True)
-        assert npm_ci.returncode == 0, f"npm ci failed in {FOLDER}:\n{npm_ci.stderr}"
+    with FileLock(Path(tempfile.gettempdir(), "sa-softmax-npm.lock")):  # test processes run side by side
+        if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+            npm_ci = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=FOLDER, capture_output=True, text=True)
+            assert npm_ci.returncode == 0, f"npm ci failed in {FOLDER}:\n{npm_ci.stderr}"
     return node
 
 

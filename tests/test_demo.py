@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -376,3 +377,45 @@ def test_picture_is_drawn(figures: ModuleType, tmp_path: Path) -> None:
         assert_png(picture)
         assert picture.stat().st_size < 120_000
     assert drawn.read_bytes()[16:24] == kept.read_bytes()[16:24]  # width and height
+
+
+# 6  Deploy
+
+
+def printed(table: Any) -> str:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_the_exported_model_writes_the_same_text(
+    demo: ModuleType, char_model: ModuleType, corpus: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("sa_softmax_native")
+    model, file = untrained(char_model, corpus).eval(), tmp_path / "model.onnx"
+    char_model.save_onnx(model, corpus.alphabet, file)
+    found = demo.deployments(model, corpus, file, seed=0, length=20)
+    assert [each.client for each in found] == ["PyTorch", "ONNX, bodies", "ONNX, kernels"]
+    assert len({each.text for each in found}) == 1
+    assert all(len(each.text) == 20 and each.milliseconds > 0 for each in found)
+
+
+def test_a_missing_library_is_told_and_the_rest_goes_on(
+    demo: ModuleType, char_model: ModuleType, corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    model, file = untrained(char_model, corpus).eval(), tmp_path / "model.onnx"
+    char_model.save_onnx(model, corpus.alphabet, file)
+    monkeypatch.setitem(sys.modules, "sa_softmax_native", None)
+    *_, kernels = demo.deployments(model, corpus, file, seed=0, length=2)
+    assert "pip install sa-softmax-native" in kernels.skipped
+    assert "not installed" in printed(demo.deployment_table([demo.Deployment("x, bodies", 1.0, "ab"), kernels]))
+
+
+def test_another_text_is_not_called_the_same(demo: ModuleType) -> None:
+    found = [demo.Deployment("PyTorch", 4.0, "abcd"), demo.Deployment("ONNX, bodies", 2.0, "abxd")]
+    text = printed(demo.deployment_table(found))
+    assert "the same 2 of 4 characters" in text
+    assert "0.50 times as fast" in text
+    assert "the same text" not in text

@@ -27,16 +27,37 @@ def test_the_adapter_of_the_guide_conforms() -> None:
     assert report.count("passed") > 500
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax", "mlx", "numpy"])
-def test_the_use_of_each_framework_in_the_readme_runs(framework: str) -> None:
-    pytest.importorskip(framework)
-    own = [block for block in blocks(README) if re.search(rf"^import {framework}\b", block, re.MULTILINE)]
-    (code,) = [block for block in own if "sa_softmax" in block and "class Adapter" not in block]
+NEEDED = {
+    "PyTorch": ("torch",),
+    "Transformers": ("torch", "transformers"),
+    "JAX": ("jax",),
+    "MLX": ("mlx",),
+    "NumPy": ("numpy",),
+    "ONNX": ("torch", "onnxscript", "onnxruntime", "sa_softmax_native"),
+}
+
+
+def test_every_block_of_use_is_run() -> None:
+    use = README.partition("## Use")[2].partition("## Conformance")[0]
+    assert re.findall(r"^\*\*(\w+)\*\*", use, re.MULTILINE) == list(NEEDED)
+    assert len(blocks(use)) == len(NEEDED) + 1  # the first shows the signatures
+
+
+@pytest.mark.parametrize("framework", NEEDED)
+def test_the_use_of_each_framework_in_the_readme_runs(
+    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in NEEDED[framework]:
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    code, *_ = blocks(README.partition(f"**{framework}**")[2])
     names: dict[str, object] = {}
     exec(code, names)
-    if framework == "numpy":
+    if framework == "NumPy":
         assert np.array_equal(names["y"][1], np.zeros(3))  # type: ignore[index]
         assert names["dbias"] is None
+    if framework == "ONNX":
+        assert "computes what it should" in capsys.readouterr().out
 
 
 def test_the_readme_counts_what_is_there() -> None:
@@ -51,5 +72,5 @@ def test_the_committed_reports_are_of_this_suite_and_the_readme_tells_their_coun
     assert report["golden_sha256"] == conformance.golden.digest()
     assert [result["id"] for result in report["results"]] == [case.id for case in conformance.cases()]
     assert report["counts"]["failed"] == report["counts"]["expected"] == len(report["problems"]) == 0
-    (row,) = re.findall(rf"^\| {path.stem}\b.*$", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {path.stem} .*$", README, re.MULTILINE)
     assert f"| {report['counts']['passed']} |" in row

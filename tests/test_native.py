@@ -205,6 +205,19 @@ def test_zero_sizes(shape: tuple[int, ...]) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 2**40)])
+def test_huge_dimensions_of_empty_rows_take_no_time(shape: tuple[int, ...]) -> None:
+    assert run("SASoftmax", {"X": np.zeros(shape, np.float32), "where": None}).shape == shape
+
+
+@kernels
+def test_huge_dimensions_of_empty_attention_take_no_time() -> None:
+    empty = np.zeros((1, 1, 2**40, 0), np.float32)
+    o = run("SAAttention", {"Q": empty, "K": empty, "V": empty, "bias": None, "mask": None}, scale=1.0)
+    assert o.shape == empty.shape
+
+
+@kernels
 @variants
 def test_long_rows_are_accurate(variant: str) -> None:
     """Within 8 units of exact values although x - max rounds: the error of the difference is compensated."""

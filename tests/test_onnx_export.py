@@ -117,6 +117,24 @@ def test_attention_with_a_cache(torch: Any, tmp_path: Path, dtype: str, variant:
     assert [dims(each) for each in exported.graph.output] == [["batch", 4, "queries", 5]]
 
 
+def test_lengths_that_are_sums(torch: Any, tmp_path: Path) -> None:
+    from sa_softmax.backends.torch import sa_attention
+
+    def step(x: Any, past: Any, mask: Any) -> Any:
+        keys = torch.cat([past, x], -2)
+        return sa_attention(x, keys, keys, mask=mask, is_causal=True, q_offset=past.shape[-2])
+
+    args = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.rand(2, 1, 1, 8) < 0.8
+    dynamic = ({0: "batch", 2: "length"}, {0: "batch", 2: "past"}, {0: "batch", 3: "past + length"})
+    path = tmp_path / "step.onnx"
+    report = export(step, args, path, dynamic=dynamic)
+    assert report is not None
+    assert len(report.inputs) == 4
+    assert dims(onnx.load(path).graph.input[2]) == ["batch", 1, 1, "past + length"]
+    with pytest.raises(CheckError, match="the model: error inf"):  # a name of its own may have any length
+        export(step, args, path, dynamic=(*dynamic[:2], {0: "batch", 3: "total"}))
+
+
 def test_every_way_to_call_it(torch: Any, tmp_path: Path) -> None:
     """The module, the backend's function and the dispatching one; axes, masks; keyword arguments; several outputs."""
     from sa_softmax.backends import torch as backend

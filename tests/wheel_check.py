@@ -1,4 +1,4 @@
-"""Tries the installed wheel, outside of the checkout: ``python wheel_check.py minimal|conformance``."""
+"""Tries the installed wheel, outside of the checkout: ``python wheel_check.py minimal|conformance|native``."""
 
 import importlib.util
 import subprocess
@@ -22,9 +22,11 @@ def main(stage: str) -> None:
         done = subprocess.run([*command, "backends"], capture_output=True, text=True)
         assert done.returncode == 1, done
         assert "pip install 'sa-softmax[conformance]'" in done.stderr, done
-    else:
+    elif stage == "conformance":
         subprocess.run([*command, "backends"], check=True)
         subprocess.run([*command, "conformance", "--backend", "numpy"], check=True)
+    else:
+        subprocess.run([*command, "conformance", "--backend", "onnxruntime"], check=True)
     print(f"wheel, {stage}: 1 passed, 0 failed")
 
 
