@@ -105,7 +105,13 @@ def exactly_right(record: golden.Record, variant: str, part: tuple[str, ...], an
     exact = [record.expected(name, variant) for name in names]
     with np.errstate(over="ignore"):
         return all(
-            np.allclose(answer[name].astype(float), e.value, rtol=4 * np.finfo(np.float32).eps, atol=0, equal_nan=True)
+            np.allclose(
+                answer[name].astype(float),
+                e.value.astype(e.dtype).astype(float),
+                rtol=4 * np.finfo(np.float32).eps,
+                atol=0,
+                equal_nan=True,
+            )
             if e.dtype != np.float64
             else np.allclose(answer[name], e.value, rtol=1e-14, atol=0, equal_nan=True)
             for name, e in zip(names, exact, strict=True)
