@@ -10,28 +10,32 @@ namespace sa_softmax {
 
 #ifdef SA_SOFTMAX_X86
 namespace v2 {
-extern const Kernels kernels;
+extern const RowKernels row_kernels;
+extern const AttentionKernels attention_kernels;
 }
 namespace v3 {
-extern const Kernels kernels;
+extern const RowKernels row_kernels;
+extern const AttentionKernels attention_kernels;
 }
 namespace v4 {
-extern const Kernels kernels;
+extern const RowKernels row_kernels;
+extern const AttentionKernels attention_kernels;
 }
 #else
 namespace generic {
-extern const Kernels kernels;
+extern const RowKernels row_kernels;
+extern const AttentionKernels attention_kernels;
 }
 #endif
 
 namespace {
 
 struct Choice {
-  const Kernels* kernels;
+  Kernels kernels;
   bool runs;
 };
 
-const Kernels& choose() {
+Kernels choose() {
 #ifdef SA_SOFTMAX_X86
   __builtin_cpu_init();
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -39,16 +43,18 @@ const Kernels& choose() {
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const Choice choices[] = {{&v4::kernels, has_v4}, {&v3::kernels, has_v3}, {&v2::kernels, true}};
+  const Choice choices[] = {{{"x86-64-v4", v4::row_kernels, v4::attention_kernels}, has_v4},
+                            {{"x86-64-v3", v3::row_kernels, v3::attention_kernels}, has_v3},
+                            {{"x86-64-v2", v2::row_kernels, v2::attention_kernels}, true}};
 #else
-  const Choice choices[] = {{&generic::kernels, true}};
+  const Choice choices[] = {{{"generic", generic::row_kernels, generic::attention_kernels}, true}};
 #endif
   const char* const wanted = std::getenv("SA_SOFTMAX_INSTRUCTION_SET");
   std::string runnable;
   for (const Choice& choice : choices) {
     if (!choice.runs) continue;
-    if (wanted == nullptr || std::string(wanted) == choice.kernels->name) return *choice.kernels;
-    runnable += (runnable.empty() ? "" : ", ") + std::string(choice.kernels->name);
+    if (wanted == nullptr || std::string(wanted) == choice.kernels.name) return choice.kernels;
+    runnable += (runnable.empty() ? "" : ", ") + std::string(choice.kernels.name);
   }
   throw Error("SA_SOFTMAX_INSTRUCTION_SET must name what this processor runs (" + runnable + "); got " + wanted +
               ". Unset it for the best one");
@@ -57,7 +63,7 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels chosen = choose();
   return chosen;
 }
 

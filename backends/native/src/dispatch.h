@@ -4,6 +4,12 @@
 
 namespace sa_softmax {
 
+struct Kernels {
+  const char* name;
+  const RowKernels& rows;
+  const AttentionKernels& attention;
+};
+
 // The kernels that this process uses; see instruction_set() in kernels.h.
 const Kernels& kernels();
 

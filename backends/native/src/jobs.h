@@ -66,11 +66,12 @@ struct AttentionJob {
 
 // The kernels of one instruction set, by DType: process the tiles or blocks [begin, end). `scratch` holds job.scratch()
 // elements of the compute type, aligned to 64 bytes.
-struct Kernels {
-  const char* name;
+struct RowKernels {
   void (*forward[4])(const RowJob& job, int64_t begin, int64_t end, void* scratch);
   void (*vjp[4])(const RowJob& job, int64_t begin, int64_t end, void* scratch);
-  void (*attention[4])(const AttentionJob& job, int64_t begin, int64_t end, void* scratch);
+};
+struct AttentionKernels {
+  void (*forward[4])(const AttentionJob& job, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace sa_softmax

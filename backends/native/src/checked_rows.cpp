@@ -1,0 +1,94 @@
+// The checked functions of the row operation.
+#include "checked.h"
+
+namespace sa_softmax {
+namespace {
+
+void run_rows(const RowOptions& options, const Array& x, const Array* g, const Array* where, const Array& y,
+              const char* y_name, const Parallel& parallel) {
+  check_variant(options.variant);
+  check_dtype(options.dtype);
+  check_array("x", x);
+  check_array(y_name, y);
+  check_output(y_name, y);
+  const int64_t rank = int64_t(x.shape.size());
+  if (rank == 0) throw Error("x must have at least one axis; got a 0-d array. Reshape it to (1,) first");
+  if (options.axis < -rank || options.axis >= rank)
+    throw Error("axis must be in [" + std::to_string(-rank) + ", " + std::to_string(rank - 1) +
+                "] for an array of shape " + text(x.shape) + "; got " + std::to_string(options.axis));
+  check_same(y_name, y, "x", x.shape);
+  if (g != nullptr) {
+    check_array("g", *g);
+    check_same("g", *g, "x", x.shape);
+  }
+  Shape where_strides(size_t(rank), 0);
+  if (where != nullptr) {
+    check_array("where", *where);
+    where_strides = broadcast("where", *where, x.shape, "x");
+  }
+  if (count(x.shape) == 0) return;
+
+  const auto strides = [&](int64_t axis) {
+    const size_t i = size_t(axis);
+    return RowStrides{x.strides[i], g != nullptr ? g->strides[i] : 0, where_strides[i], y.strides[i]};
+  };
+  const int64_t axis = options.axis < 0 ? options.axis + rank : options.axis;
+  // Tiles run along the axis on which x is densest, so that strided rows share cache lines.
+  int64_t across = -1;
+  for (int64_t i = 0; i < rank; ++i)
+    if (i != axis && x.shape[size_t(i)] > 1 &&
+        (across < 0 || std::abs(x.strides[size_t(i)]) <= std::abs(x.strides[size_t(across)])))
+      across = i;
+  Shape outer_shape;
+  std::vector<RowStrides> outer;
+  for (int64_t i = 0; i < rank; ++i)
+    if (i != axis && i != across && x.shape[size_t(i)] > 1) {
+      outer_shape.push_back(x.shape[size_t(i)]);
+      outer.push_back(strides(i));
+    }
+  RowJob job{};
+  job.x = x.data;
+  job.g = g != nullptr ? g->data : nullptr;
+  job.where = where != nullptr ? static_cast<const uint8_t*>(where->data) : nullptr;
+  job.y = y.data;
+  job.n = x.shape[size_t(axis)];
+  job.along = strides(axis);
+  job.columns = across < 0 ? 1 : x.shape[size_t(across)];
+  job.across = across < 0 ? RowStrides{} : strides(across);
+  // A tile stays in the cache. A strided tile is as wide as a cache line, if that does not take too much of it.
+  constexpr int64_t kCached = 1 << 15, kLine = 16;
+  const int64_t fitting = std::max<int64_t>(1, std::min(kPad, kCached / padded(job.n)));
+  const bool strided = job.along.x != 1 && job.n <= kCached;
+  job.width = std::min(job.columns, strided ? std::max(fitting, kLine) : fitting);
+  job.outer_rank = int64_t(outer.size());
+  job.outer_shape = outer_shape.data();
+  job.outer = outer.data();
+  job.normalized = options.variant == Variant::normalized;
+
+  const RowKernels& table = kernels().rows;
+  const auto run = (g != nullptr ? table.vjp : table.forward)[int(options.dtype)];
+  divide(parallel, count(outer_shape) * job.tiles_across(), double(count(x.shape)), job.scratch(), options.dtype,
+         [&](int64_t begin, int64_t end, void* scratch) { run(job, begin, end, scratch); });
+}
+
+}  // namespace
+
+Array::Array(void* data, Shape shape) : data(data), shape(std::move(shape)), strides(this->shape.size()) {
+  int64_t stride = 1;
+  for (size_t i = strides.size(); i-- > 0;) {
+    strides[i] = stride;
+    // A shape that overflows is refused by the functions.
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(1, this->shape[i]), &stride)) stride = 0;
+  }
+}
+
+void softmax(const RowOptions& options, const Array& x, const Array* where, const Array& y, const Parallel& parallel) {
+  run_rows(options, x, nullptr, where, y, "y", parallel);
+}
+
+void softmax_vjp(const RowOptions& options, const Array& x, const Array& g, const Array* where, const Array& dx,
+                 const Parallel& parallel) {
+  run_rows(options, x, &g, where, dx, "dx", parallel);
+}
+
+}  // namespace sa_softmax
