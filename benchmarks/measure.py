@@ -56,7 +56,7 @@ def cuda(call: Call, count: int) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
+    return start.elapsed_time(end) / 1e3
 
 
 def interleave(

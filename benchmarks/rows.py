@@ -1,4 +1,4 @@
-"""The row operation, float32: the kernels against torch.softmax, torch.compile and memcpy; as custom ops of onnxruntime.
+"""The row operation in float32: the kernels against torch.softmax, torch.compile and memcpy; custom ops of onnxruntime.
 
 Outputs are allocated before: the first touch of a large one would take longer than any kernel. ``public`` figures call
 the functions that users call, which allocate, against a torch.softmax that does, too.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends import torch as backend
+from sa_softmax.backends.torch._row import compose
 from sa_softmax.benchmarks.measure import Figure, cuda, interleave, wall
 from sa_softmax.benchmarks.shapes import ROWS
 
@@ -49,7 +50,7 @@ def rows(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
 def _forward(x: Tensor) -> dict[str, dict[str, Call]]:
     """By part, calls by name; the first of each is the peer."""
     out = torch.empty_like(x)
-    compiled = torch.compile(backend.compose)
+    compiled = torch.compile(compose)
     calls: dict[str, Call] = {"torch.softmax(out=)": lambda: torch.softmax(x, -1, out=out)}
     calls |= {variant: _kernel(variant, x, torch.empty_like(x)) for variant in VARIANTS}
     calls |= {"torch.compile normalized": lambda: compiled(x, None, 1, "normalized")}

@@ -98,7 +98,7 @@ def _accuracy(attention: str, seed: int, epochs: int) -> float:
         for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():

@@ -153,5 +153,5 @@ class Decoder(nn.Module):
 
     def query_key_gradient(self) -> float:
         """The norm of the loss's gradient in all query and key projections, all of it through the row operation."""
-        gradients = [block.attention.query_key.weight.grad for block in self.blocks]  # type: ignore[union-attr]
-        return torch.stack([gradient.norm() for gradient in gradients]).norm().item()  # type: ignore[union-attr]
+        gradients = [block.attention.query_key.weight.grad for block in self.blocks]
+        return torch.stack([gradient.norm() for gradient in gradients]).norm().item()

@@ -121,7 +121,7 @@ def train(
             group["lr"] = run.size.rate * _rate(step, run.steps)
         loss = _loss(model, _batch(text.train, run.size, generator).to(device))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if step % MEASURE_EVERY == 0:
             result.history.append(Measured(step, loss.item(), model.query_key_gradient()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
