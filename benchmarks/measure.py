@@ -50,7 +50,7 @@ def cuda(call: Call, count: int) -> float:
     """The clock of a CUDA device: events around the calls."""
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(count):
         call()

@@ -97,11 +97,17 @@ def _kernel(variant: str, x: Tensor, y: Tensor, g: Tensor | None = None) -> Call
     def array(a: Tensor) -> Any:
         return c_api.array(a.data_ptr(), a.shape, a.stride())
 
-    threads, arrays = torch.get_num_threads(), [array(x), array(y)]
-    if g is None:
-        return lambda: c_api.row("float32", variant, 1, arrays[0], None, arrays[1], threads)
-    upstream = array(g)
-    return lambda: c_api.row_vjp("float32", variant, 1, arrays[0], upstream, None, arrays[1], threads)
+    threads = torch.get_num_threads()
+    arrays = [array(a) for a in (x, y, *([] if g is None else [g]))]
+
+    def call() -> tuple[Tensor | None, ...]:
+        if g is None:
+            c_api.row("float32", variant, 1, arrays[0], None, arrays[1], threads)
+        else:
+            c_api.row_vjp("float32", variant, 1, arrays[0], arrays[2], None, arrays[1], threads)
+        return x, y, g  # the arrays do not keep them alive
+
+    return call
 
 
 def _onnxruntime(x: np.ndarray[Any, Any], label: str, rounds: int, progress: Progress) -> Iterator[Figure]:
