@@ -1,12 +1,13 @@
 """Peak memory of attention over long sequences, each candidate in a process of its own.
 
-``python -m sa_softmax.benchmarks.memory CANDIDATE PASS DEVICE`` prints the MiB by which memory grows at its peak during
-one call (resident set on Linux, allocations on CUDA); inputs, and all that a short call loads, do not count.
+``python -m sa_softmax.benchmarks.memory CANDIDATE PASS DEVICE LENGTH`` prints the MiB by which memory grows at its peak
+during one call (resident set on Linux, allocations on CUDA); inputs, and all that a short call loads, do not count.
 """
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def memory(device: str, rounds: int, progress: Callable[[str], Callable[[Any], A
     for name in _PASSES:
         mebibytes = {}
         for candidate in progress(f"memory {MEMORY}, {name}")(("SDPA", "normalized")):
-            command = [sys.executable, "-m", "sa_softmax.benchmarks.memory", candidate, name, device]
+            module = "sa_softmax.benchmarks.memory"
+            command = [sys.executable, "-m", module, candidate, name, device, str(MEMORY.length)]
             mebibytes[candidate] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         ratio = mebibytes["normalized"] / mebibytes["SDPA"]
         label = f"normalized {name}, full, float32"
@@ -67,9 +69,10 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def _main(candidate: str, part: str, device: str) -> None:
-    _run(candidate, part, AttentionShape(1, 1, 256, MEMORY.dimension), device)()
-    call = _run(candidate, part, MEMORY, device)
+def _main(candidate: str, part: str, device: str, length: str) -> None:
+    shape = replace(MEMORY, length=int(length))
+    _run(candidate, part, replace(shape, length=256), device)()
+    call = _run(candidate, part, shape, device)
     before = _reset_peak(device)
     result = call()
     print(_peak(device) - before)

@@ -21,7 +21,7 @@ T = 9
 
 
 def authors(x: Tensor, variant: str, b: float = BIAS, c: float = 0.0, hidden: Tensor | None = None) -> Tensor:
-    """Causal weights (..., T, T) by the authors' formula; softmax gives ``hidden`` keys, of padding, the score -10000."""
+    """Causal weights (..., T, T) by the authors' formula; in softmax, ``hidden`` keys, of padding, score -10000."""
     future = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
     if hidden is not None:
         future = future | hidden
