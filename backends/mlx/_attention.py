@@ -122,7 +122,7 @@ def _by_query(attend: Callable[..., mx.array]) -> Callable[..., mx.array]:
         gradients: list[list[mx.array]] = [[] for _ in primals]  # one sum, or the gradients of one block each
         for rows in _blocks(*primals):
             block = _block(primals, rows, after=[parts[-1] for parts in gradients if parts])
-            _, of_block = mx.vjp(partial(attend, rows.start), block, [do[..., rows, :]])
+            of_block = mx.vjp(partial(attend, rows.start), block, [do[..., rows, :]])[1]
             for i, (parts, dx) in enumerate(zip(gradients, of_block, strict=True)):
                 if parts and _shared(i, primals):
                     parts[0] = parts[0] + dx
