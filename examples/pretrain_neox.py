@@ -135,11 +135,15 @@ def train(
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=max(steps // 4, 1),
         save_total_limit=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=on_gpu,
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        make(size, IMPLEMENTATIONS[name], seed), args, train_dataset=text[0], eval_dataset=text[1], callbacks=[callback]
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    if checkpoint is None:
+        model = make(size, IMPLEMENTATIONS[name], seed)
+    else:
+        # Trainer by itself would leave the output layer as it was made: a file calls it embed_out, the model lm_head.
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(checkpoint, attn_implementation=IMPLEMENTATIONS[name])
+    trainer = transformers.Trainer(model, args, train_dataset=text[0], eval_dataset=text[1], callbacks=[callback])
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     return curve(trainer.state.log_history)
 
@@ -209,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     register()
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console.print(f"{len(text[0]):,} sequences of {size.context} bytes; checkpoints in {args.output}", markup=False)
     columns = (
