@@ -336,7 +336,7 @@ def gradient_checkpointing(name: str) -> None:
     """The gradients are those without it."""
     for reentrant in (True, False):
         plain, checkpointed = make(name).train(), make(name).train()
-        checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
         options = {"use_cache": False} if "use_cache" in parameters_of(plain) else {}
         for model in (plain, checkpointed):
             torch.manual_seed(0)  # of the dropout outside of attention
