@@ -64,6 +64,33 @@ def test_the_table_of_the_guide_is_what_these_tests_found() -> None:
 # Numbers.
 
 
+def test_where_packed_sequences_begin() -> None:
+    """In a call that starts a cache; without one it is Transformers that reads the positions."""
+    model, ids = make("llama"), tokens(1, 6)
+
+    def logits_of(ids: Any, positions: Any, **options: Any) -> Any:
+        return model(ids, position_ids=torch.tensor([positions]), **options).logits
+
+    whole = logits_of(ids, [5, 6, 7, 0, 1, 2])  # a row that begins in the midst of a sequence
+    assert_close(whole[:, 3:], logits_of(ids[:, 3:], [0, 1, 2]))
+    shared = logits_of(ids, [0, 1, 1, 1, 2, 3])  # an image's tokens, say
+    changed = logits_of(torch.cat([ids[:, :1] + 1, ids[:, 1:]], 1), [0, 1, 1, 1, 2, 3])
+    assert ((shared - changed).abs().amax(-1) > 1e-9).all()
+
+
+def test_cumulative_lengths_part_queries_from_keys() -> None:
+    q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64) for n in (5, 6, 6))
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 3, 6], dtype=torch.int32)}
+    out, _ = _attend(Module(), "normalized", q, k, v, None, **lengths)
+    halves = ((slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 6)))
+    parts = [_attend(Module(), "normalized", q[:, :, i], k[:, :, j], v[:, :, j], None)[0] for i, j in halves]
+    assert_close(out, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match=r"packed sequences must come in one row.*got a batch of 2"):
+        attend(None, **lengths)
+    with pytest.raises(ValueError, match="cu_seq_lens_k None"):
+        _attend(Module(), "normalized", q, k, v, None, cu_seq_lens_q=lengths["cu_seq_lens_q"])
+
+
 def test_a_decoder_made_bidirectional_sees_every_token() -> None:
     ids = tokens(1, 6)
     changed = ids.clone()

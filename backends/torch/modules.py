@@ -175,7 +175,7 @@ class SAMultiheadAttention(nn.MultiheadAttention):
         """What ``sa_attention`` takes as mask and bias, with the entries that :meth:`_heads` adds unmasked."""
         n, heads, length, _ = q.shape
         added = (self.bias_k is not None) + self.add_zero_attn
-        views = {
+        views: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {
             "attn_mask": {(length, keys): (1, 1, length, keys), (n * heads, length, keys): (n, heads, length, keys)},
             "key_padding_mask": {(n, keys): (n, 1, 1, keys)},
         }

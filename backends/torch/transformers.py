@@ -350,8 +350,9 @@ def _packing(
 ) -> Tensor | None:  # fmt: skip
     """True where query and key are of one of the sequences packed in a row; None where the mask says so, or nothing is.
 
-    Boundaries come as cumulative lengths, or as positions that start again. Without a cache Transformers reads the
-    latter into the mask; with one, which models make whenever ``config.use_cache`` says so, it does not.
+    Boundaries come as cumulative lengths, or as positions that start again: that fall, or, after a sequence of one
+    token, are the first once more. (The tokens of an image may share a position.) Without a cache Transformers reads
+    them into the mask; with one, which models make whenever ``config.use_cache`` says so, it does not.
     """
     queries, keys = query.shape[-2], key.shape[-2]
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -366,7 +367,8 @@ def _packing(
         return None
     if queries != keys or queries == 1:
         return None  # decoding, or a cache that was filled before
-    sequence = F.pad((position_ids.diff(dim=-1) <= 0).cumsum(-1), (1, 0))
+    step, first = position_ids.diff(dim=-1), position_ids[:, 1:] == position_ids[:, :1]
+    sequence = F.pad(((step < 0) | (step == 0) & first).cumsum(-1), (1, 0))
     return (sequence.unsqueeze(-1) == sequence.unsqueeze(-2)).unsqueeze(1)
 
 
