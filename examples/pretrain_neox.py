@@ -111,6 +111,9 @@ class Report(transformers.TrainerCallback):
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self.progress, self.task = progress, task
 
+    def complete(self, steps: int) -> None:
+        self.progress.update(self.task, completed=steps, bits="complete before")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
         self.progress.start_task(self.task)
@@ -126,6 +129,12 @@ def train(
     name: str, size: Size, steps: int, seed: int, text: tuple[Blocks, Blocks], folder: Path, callback: Report
 ) -> Curve:
     """Train a model to the end, from its last checkpoint in ``folder`` if there is one."""
+    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    if checkpoint is not None:
+        state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= steps:  # Trainer would take one step more
+            callback.complete(steps)
+            return curve(state.log_history)
     on_gpu = torch.cuda.is_available()
     every = max(steps // EVALUATIONS, 1)
     args = transformers.TrainingArguments(
@@ -135,7 +144,6 @@ def train(
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=max(steps // 4, 1),
         save_total_limit=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=on_gpu,
     )  # fmt: skip
-    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
     if checkpoint is None:
         model = make(size, IMPLEMENTATIONS[name], seed)
     else:

@@ -76,7 +76,7 @@ def test_three_runs_from_one_start_over_one_order(
         assert saved.config._attn_implementation == implementation
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(
+def test_an_interrupted_run_goes_on_ends_the_same_and_is_complete(
     example: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole: dict[str, Any] = {}
@@ -97,6 +97,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         whole.clear()
         assert run(example, text, tmp_path / "parts") == 0
     assert steps == [1, 2, 3, 3, 4] + [1, 2, 3, 4] * 2
+    assert whole == expected
+    monkeypatch.setattr(example.transformers.Trainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    whole.clear()
+    assert run(example, text, tmp_path / "parts") == 0
     assert whole == expected
 
 
