@@ -104,13 +104,12 @@ struct Row {
   }
 };
 
-// Calls f(i, u, all_lanes) for each vector of a row, where u counts up to kWays accumulators, and then, if a part of a
-// vector is left, f(n - kLanes, 0, lanes) for the last one, whose true lanes are those that no other vector had.
+// Calls f(i, u, nullptr) for each vector of a row, where u counts kWays accumulators, and then, if a part of a vector is
+// left, f(n - kLanes, 0, lanes) for the last one; its true lanes are those that no other vector had.
 template <class C, int kWays, class F>
 INLINE void vectors(int64_t n, const F& f) {
   using I = typename Simd<C>::I;
   constexpr int kStep = kLanes<C>;
-  struct All {};
   int64_t i = 0;
   for (; i + kWays * kStep <= n; i += kWays * kStep)
     for (int u = 0; u < kWays; ++u) f(i + u * kStep, u, nullptr);
@@ -123,6 +122,7 @@ INLINE void vectors(int64_t n, const F& f) {
   const I fresh = lane >= typename Simd<C>::Count(kStep - (n - i));
   f(n - kStep, 0, &fresh);
 }
+// v in the lanes that f is told of.
 template <class I, class V>
 INLINE V only(const I* lanes, V v, V otherwise) {
   return *lanes ? v : otherwise;
@@ -154,20 +154,35 @@ INLINE void write_row(T* y, int64_t n, bool streams, const F& f) {
   std::memcpy(y + i, edge + kStep - (n - i), size_t(n - i) * sizeof(T));
 }
 
+template <class C>
+struct Range {
+  Extrema<C> of;
+  bool whole;  // no entry is -inf: all participate
+};
 template <class R>
-INLINE Extrema<typename R::C> extrema_of(const R& z, int64_t n) {
+INLINE Range<typename R::C> range(const R& z, int64_t n) {
   using C = typename R::C;
+  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
   Vector<C> low[4], high[4];
   for (int u = 0; u < 4; ++u) low[u] = all(kInfinity<C>), high[u] = -low[u];
   vectors<C, 4>(n, [&](int64_t i, int u, auto) {
     const Vector<C> v = z.at(i);
-    const Vector<C> w = v == all(-kInfinity<C>) ? all(kInfinity<C>) : v;
     high[u] = v > high[u] ? v : high[u];
-    low[u] = w < low[u] ? w : low[u];
+    low[u] = v < low[u] ? v : low[u];
   });
-  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  return {reduce<C>(low, smaller), reduce<C>(high, larger)};
+  const Extrema<C> of{reduce<C>(low, smaller), reduce<C>(high, larger)};
+  if (of.low != -kInfinity<C>) return {of, true};
+  Vector<C> least = all(kInfinity<C>);
+  vectors<C, 1>(n, [&](int64_t i, int, auto) {
+    const Vector<C> v = z.at(i), w = v == all(-kInfinity<C>) ? all(kInfinity<C>) : v;
+    least = w < least ? w : least;
+  });
+  return {{halve<C>(least, smaller), of.high}, false};
+}
+template <bool kWhole, class C>
+INLINE Vector<C> participating(Vector<C> z, Vector<C> v) {
+  return kWhole ? v : z == all(-kInfinity<C>) ? Vector<C>{} : v;
 }
 
 // What else a row needs: e, scratch for n entries; whether to stream; and how far ahead the next row lies, to fetch it.
@@ -182,12 +197,10 @@ INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
-// y = the row operation; y may be z if n is a multiple of kLanes.
-template <class T, bool kMasked, class Y>
-__attribute__((noinline)) void forward(const Row<T, kMasked> z, int64_t n, Y* y, const Means<Compute<T>> means,
-                                       bool normalized) {
-  using C = Compute<T>;
-  const Extrema<C> row = extrema_of(z, n);
+template <bool kWhole, class R, class Y>
+__attribute__((noinline)) void forward(const R z, int64_t n, Y* y, const Means<typename R::C> means, bool normalized,
+                                       Extrema<typename R::C> row) {
+  using C = typename R::C;
   const Vector<C> high = all(row.high), zero{};
   Vector<C> total[4] = {};
   vectors<C, 4>(n, [&](int64_t i, int u, auto lanes) {
@@ -200,19 +213,23 @@ __attribute__((noinline)) void forward(const Row<T, kMasked> z, int64_t n, Y* y,
   const Vector<C> unit = all(f.unit), lo = all(f.lo), scale = all(f.inverse_range * (1 / sum<C>(total)));
   write_row(y, n, means.streams, [&](int64_t i) {
     const Vector<C> v = z.at(i);
-    const Vector<C> w = (v * unit - lo) * scale * load(means.e + i);
-    return v == all(-kInfinity<C>) ? zero : w;
+    return participating<kWhole, C>(v, (v * unit - lo) * scale * load(means.e + i));
   });
 }
+// y = the row operation; y may be z if n is a multiple of kLanes.
+template <class R, class Y>
+INLINE void forward(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, bool normalized) {
+  const auto row = range(z, n);
+  (row.whole ? forward<true, R, Y> : forward<false, R, Y>)(z, n, y, means, normalized, row.of);
+}
 
-// dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g if n is a multiple of kLanes.
-template <class T, bool kMasked, class Y>
-__attribute__((noinline)) void vjp(const Row<T, kMasked> z, const Row<T, false> g, int64_t n, Y* dx,
-                                   const Means<Compute<T>> means, bool normalized) {
-  using C = Compute<T>;
+template <bool kWhole, class R, class G, class Y>
+__attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const Means<typename R::C> means,
+                                   bool normalized, Extrema<typename R::C> row) {
+  using C = typename R::C;
   using I = typename Simd<C>::I;
-  const Vector<C> zero{}, excluded = all(-kInfinity<C>);
-  const Extrema<C> row = extrema_of(z, n);
+  using Count = typename Simd<C>::Count;
+  const Vector<C> zero{};
   const Vector<C> low = all(row.low), high = all(row.high);
   const Factor<C> f = normalized ? factor(row) : room(row, n);
   const Vector<C> unit = all(f.unit), lo = all(f.lo);
@@ -223,33 +240,38 @@ __attribute__((noinline)) void vjp(const Row<T, kMasked> z, const Row<T, false> 
     fetch(g.data + means.next_g + i);
     const Vector<C> v = z.at(i), e = exp_difference<C>(v, high);
     store(means.e + i, e);
-    const Vector<C> w = only(lanes, v, excluded), p = only(lanes, e, zero);
-    const Vector<C> ge = w == excluded ? zero : g.at(i) * p;
-    l[u] += p;
+    const Vector<C> ge = only(lanes, participating<kWhole, C>(v, g.at(i) * e), zero);
+    l[u] += only(lanes, e, zero);
     s[u] += ge;
-    d[u] += w == excluded ? zero : ge * (w * unit - lo);
-    at_low[u] -= w == low;
-    at_high[u] -= w == high;
+    d[u] += participating<kWhole, C>(v, ge * (v * unit - lo));
+    at_low[u] -= only(lanes, I(v == low), I{});
+    at_high[u] -= only(lanes, I(v == high), I{});
   });
   const auto plus = [](auto a, auto b) { return a + b; };
   const C inverse_l = 1 / halve<C>(l[0] + l[1], plus);
-  using Count = typename Simd<C>::Count;
-  const Count ties_low = halve<Count>(at_low[0] + at_low[1], plus), ties_high = halve<Count>(at_high[0] + at_high[1], plus);
   const C S = halve<C>(s[0] + s[1], plus) * inverse_l;
   const C D = halve<C>(d[0] + d[1], plus) * inverse_l * f.inverse_range;
-  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) : C(0);
-  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) : C(0);
-  // dx = p (g a - D) + (g p + extremal) / R, where 1 / R = inverse_range unit may overflow though the product does not.
-  const Vector<C> p_scale = all(inverse_l), a_scale = all(f.inverse_range), Ds = all(D), to_lows = all(to_low),
-                  to_highs = all(to_high), outside = all(normalized ? C(1) : f.inverse_unit),
-                  inside = all(normalized ? f.unit : C(1));
+  const Count ties_low = halve<Count>(at_low[0] + at_low[1], plus), ties_high = halve<Count>(at_high[0] + at_high[1], plus);
+  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range * f.unit : C(0);
+  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range * f.unit : C(0);
+  // dx = p (g (a + 1 / R) - D) + extremal. Where 1 / R = inverse_range unit overflows, the bracket is made smaller.
+  const C spare = f.inverse_range * f.unit < kInfinity<C> ? C(1) : C(0x1p-60);
+  const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit) / spare),
+                  a_scale = all(f.inverse_range * spare), more = all(f.inverse_range * (spare * f.unit)),
+                  Ds = all(D * spare), to_lows = all(to_low), to_highs = all(to_high);
   write_row(dx, n, means.streams, [&](int64_t i) {
-    const Vector<C> v = z.at(i), up = g.at(i), p = load(means.e + i) * p_scale;
-    const Vector<C> a = (v * unit - lo) * a_scale;
-    const Vector<C> extremal = (v == low ? to_lows : zero) + (v == high ? to_highs : zero);
-    const Vector<C> out = p * (up * a - Ds) * outside + (up * p + extremal) * a_scale * inside;
-    return v == excluded ? zero : out;
+    const Vector<C> v = z.at(i);
+    Vector<C> out = load(means.e + i) * p_scale * (g.at(i) * ((v * unit - lo) * a_scale + more) - Ds);
+    out += v == low ? to_lows : zero;
+    out += v == high ? to_highs : zero;
+    return participating<kWhole, C>(v, out);
   });
+}
+// dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g if n is a multiple of kLanes.
+template <class R, class G, class Y>
+INLINE void vjp(const R& z, const G& g, int64_t n, Y* dx, const Means<typename R::C>& means, bool normalized) {
+  const auto row = range(z, n);
+  (row.whole ? vjp<true, R, G, Y> : vjp<false, R, G, Y>)(z, g, n, dx, means, normalized, row.of);
 }
 
 // Copies `count` rows of a tile to scratch: dst[c * pitch + i] = element i of row c, -inf where `where` is false and
