@@ -33,8 +33,8 @@ struct RowJob {
   bool streams;  // if direct: the output goes past the caches
 
   int64_t tiles_across() const { return (columns + width - 1) / width; }
-  // e, or z, g and e of a tile, in elements of the compute type.
-  int64_t scratch() const { return direct ? padded(n) : (2 * width + 1) * padded(n); }
+  // e, or z and g of a tile, e and an output row, in elements of the compute type.
+  int64_t scratch() const { return direct ? padded(n) : (2 * width + 2) * padded(n); }
 };
 
 // Strides in elements of q, k, v, bias, mask and o.

@@ -216,7 +216,7 @@ __attribute__((noinline)) void forward(const R z, int64_t n, Y* y, const Means<t
     return participating<kWhole, C>(v, (v * unit - lo) * scale * load(means.e + i));
   });
 }
-// y = the row operation; y may be z if n is a multiple of kLanes.
+// y = the row operation.
 template <class R, class Y>
 INLINE void forward(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, bool normalized) {
   const auto row = range(z, n);
@@ -267,7 +267,7 @@ __attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const
     return participating<kWhole, C>(v, out);
   });
 }
-// dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g if n is a multiple of kLanes.
+// dx of one row (section 5 of the spec); g counts as 0 where z is -inf.
 template <class R, class G, class Y>
 INLINE void vjp(const R& z, const G& g, int64_t n, Y* dx, const Means<typename R::C>& means, bool normalized) {
   const auto row = range(z, n);
@@ -313,6 +313,7 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
   C* const z = static_cast<C*>(scratch);
   C* const g = z + job.width * pitch;
   C* const e = g + job.width * pitch;
+  C* const out = e + pitch;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile % across * job.width, count = least(job.width, job.columns - first);
     RowStrides at{first * job.across.x, first * job.across.g, first * job.across.where, first * job.across.y};
@@ -332,13 +333,12 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
     if (job.direct) {
       for (int64_t c = 0; c < count; ++c) {
         const T* const row = x + c * job.across.x;
-        T* const out = y + c * job.across.y;
         const Means<C> means{z, job.streams, job.across.x, job.across.g};
         const auto run = [&](auto source) {
           if constexpr (kVjp)
-            vjp(source, Row<T, false>{up + c * job.across.g, nullptr}, job.n, out, means, job.normalized);
+            vjp(source, Row<T, false>{up + c * job.across.g, nullptr}, job.n, y + c * job.across.y, means, job.normalized);
           else
-            forward(source, job.n, out, means, job.normalized);
+            forward(source, job.n, y + c * job.across.y, means, job.normalized);
         };
         if (where == nullptr)
           run(Row<T, false>{row, nullptr});
@@ -349,14 +349,16 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
     }
     gather(x, job.along.x, job.across.x, where, job.along.where, job.across.where, z, pitch, job.n, count);
     if (kVjp) gather<T, C>(up, job.along.g, job.across.g, nullptr, 0, 0, g, pitch, job.n, count);
-    const int64_t n = (job.n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+    // Of the same length as where it lies, so that its bits are the same, unless it is too short for one vector.
+    const int64_t n = job.n < kLanes<C> ? kLanes<C> : job.n;
+    const Means<C> means{e, false, 0, 0};
     for (int64_t c = 0; c < count; ++c) {
-      C* const row = z + c * pitch;
-      const Row<C, false> source{row, nullptr};
+      const Row<C, false> row{z + c * pitch, nullptr};
       if constexpr (kVjp)
-        vjp(source, Row<C, false>{g + c * pitch, nullptr}, n, row, Means<C>{e, false, 0, 0}, job.normalized);
+        vjp(row, Row<C, false>{g + c * pitch, nullptr}, n, out, means, job.normalized);
       else
-        forward(source, n, row, Means<C>{e, false, 0, 0}, job.normalized);
+        forward(row, n, out, means, job.normalized);
+      std::memcpy(z + c * pitch, out, size_t(job.n) * sizeof(C));
     }
     scatter(z, pitch, y, job.along.y, job.across.y, job.n, count);
   }
