@@ -78,14 +78,15 @@ def _sa_attention(
     dtype = q.dtype
     q, k, v = (array.astype(COMPUTE_DTYPE[dtype_name(array)]) for array in (q, k, v))
     scores = (*q.shape[:-1], k.shape[-2])
-    x = scale * _qk(_by_kv_head(q, k), k).reshape(scores)
+    # scale * (q k) + bias could be rounded once or twice where XLA computes it anew, and then misses its own extrema.
+    x = _qk(_by_kv_head(scale * q, k), k).reshape(scores)
     if bias is not None:
         x = x + jnp.broadcast_to(bias.astype(x.dtype), scores)
     if q_offset is not None:
         causal = jnp.arange(scores[-1])[None] - jnp.arange(scores[-2])[:, None] <= q_offset
         mask = causal if mask is None else jnp.broadcast_to(causal, scores) & jnp.broadcast_to(mask, scores)
-    x, on = participating(x, mask)
-    y = rows(x, on, x.ndim - 1, variant)
+    x = participating(x, mask)
+    y, on = rows(x, x.ndim - 1, variant), x != -jnp.inf
     o = _yv(_by_kv_head(y, k), _poison(_by_kv_head(on, k), v), v).reshape(*q.shape[:-1], v.shape[-1])
     # A query without keys sends on no gradient either, whatever it is sent.
     return jnp.where(on.any(-1, keepdims=True), o, 0).astype(dtype)
