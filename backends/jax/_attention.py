@@ -72,7 +72,7 @@ def sa_attention(
     scale = check_attention(
         JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale
     )
-    offset = _to_int32(q_offset) if is_causal else None
+    offset = causal_offset(is_causal, q_offset)
     if _chosen(implementation) == "pallas":
         from sa_softmax.backends.jax import _pallas  # Pallas takes its time to import
 
@@ -193,9 +193,9 @@ def _at_once(
     return jnp.where(on.any(-1, keepdims=True), o, 0).astype(dtype)
 
 
-def _to_int32(q_offset: int) -> int:
-    """Any integer is allowed (A4); those that 32 bits do not hold exceed every length."""
-    return max(-(2**31), min(operator.index(q_offset), 2**31 - 1))
+def causal_offset(is_causal: bool, q_offset: int) -> int | None:
+    """Any integer is allowed (A4); those that 32 bits do not hold exceed every length. None if not causal."""
+    return max(-(2**31), min(operator.index(q_offset), 2**31 - 1)) if is_causal else None
 
 
 def _by_kv_head(x: jax.Array, k: jax.Array) -> jax.Array:

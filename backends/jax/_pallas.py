@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from sa_softmax._validate import COMPUTE_DTYPE, dtype_name
 
-BLOCK = 64
+QUERIES, KEYS = 64, 128  # of a block; a TPU demands 128 columns of the mask
 _NOWHERE = -1
 
 
@@ -72,7 +72,8 @@ def attention(
     o_shape = (*q.shape[:-1], dim)
     if 0 in (*q.shape[:-1], k_length):
         return jnp.zeros(o_shape, q.dtype)
-    static = _Static(scale, q_offset, variant, length, k_length, _block(length), _block(k_length))
+    bq, bk = min(QUERIES, _power_of_two(length)), min(KEYS, _power_of_two(k_length))
+    static = _Static(scale, q_offset, variant, length, k_length, bq, bk)
 
     def whole_blocks(x: jax.Array, *sizes: int) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, 0), *((0, -n % size) for n, size in zip(x.shape[2:], sizes, strict=True))])
@@ -95,10 +96,6 @@ def attention(
         per_score(None if mask is None else mask.astype(jnp.int8)),
     )
     return _attention(static, inputs)[..., :length, :dim].reshape(o_shape)
-
-
-def _block(length: int) -> int:
-    return min(BLOCK, _power_of_two(length))
 
 
 def _power_of_two(n: int) -> int:
@@ -360,7 +357,7 @@ def _key_blocks(static: _Static, inputs: _Inputs) -> Any:
     if static.q_offset is None:
         return blocks
     seen = (pl.program_id(2) + 1) * static.bq + min(max(static.q_offset, -(2**30)), 2**30)
-    return jnp.clip((seen + static.bk - 1) // static.bk, 0, blocks)
+    return jax.lax.div(jnp.clip(seen + static.bk - 1, 0, blocks * static.bk), jnp.int32(static.bk))
 
 
 def _at(block: Any, size: int) -> Any:
@@ -427,7 +424,10 @@ def _scalar(x: jax.Array) -> _Cut:
 def _by_query(static: _Static, inputs: _Inputs) -> list[_Cut | None]:
     """The inputs of a program that has a block of queries of one head."""
     groups = inputs.q.shape[1] // inputs.k.shape[1]
-    whole = [pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, h // groups, 0, 0)) for x in inputs[1:3]]
+    whole = [
+        pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, jax.lax.div(h, jnp.int32(groups)), 0, 0))
+        for x in inputs[1:3]
+    ]
 
     def per_score(x: Any) -> _Cut | None:
         if x is None:
