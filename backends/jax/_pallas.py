@@ -2,8 +2,9 @@
 
 One program has a block of queries (of keys, for dk and dv) and loops over blocks of the others. The forward pass reads
 the keys twice: row extrema and their positions first, then O = sum a e v / l without rescaling. The backward pass
-computes the scores again, S = sum g p beside them, and adds the extremal terms at the stored positions: comparing
-scores with their extrema would miss them where a product is rounded otherwise the second time.
+computes the scores again, S = sum g p and D = sum g y from them (D from a rounded O would cost 16-bit gradients a
+digit), and adds the extremal terms at the stored positions: comparing scores with their extrema would miss them where
+a product is rounded otherwise the second time.
 """
 
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def _attention(static: _Static, inputs: _Inputs) -> jax.Array:
 
 def _attention_fwd(static: _Static, inputs: _Inputs) -> tuple[jax.Array, Any]:
     o, stats = _forward(static, inputs)
-    return o, (inputs, o, stats)
+    return o, (inputs, stats)
 
 
 def _attention_bwd(static: _Static, residuals: Any, do: jax.Array) -> tuple[_Inputs]:
@@ -121,8 +122,8 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(static: _Static, inputs: _Inputs, o: jax.Array, stats: _Stats, do: jax.Array) -> _Inputs:
-    return _backward(static, inputs, o, stats, do)
+def _gradients(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) -> _Inputs:
+    return _backward(static, inputs, stats, do)
 
 
 @_gradients.defjvp
@@ -195,23 +196,23 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
         ref[...] = value
 
 
-def _backward(static: _Static, inputs: _Inputs, o: jax.Array, stats: _Stats, do: jax.Array) -> _Inputs:
+def _backward(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) -> _Inputs:
     B, H, Tq, _ = inputs.q.shape
     Hkv, Tk = inputs.k.shape[1:3]
     compute = stats.l.dtype
     do = jnp.where(stats.l == 0, 0, do)  # a query without keys sends no gradient, whatever it is sent
-    D = jnp.sum(do.astype(compute) * o.astype(compute), -1, keepdims=True)
-    per_query = [do, D, *stats]
+    per_query = [do, *stats]
 
     dx_shape = (B, H, Tq, Tk)
-    out = [_blocks(inputs.q.shape, inputs.q.dtype, static.bq, 2), _blocks((B, H, Tq, 1), compute, static.bq, 2)]
+    sums = [_blocks((B, H, Tq, 1), compute, static.bq, 2)] * 2
+    out = [_blocks(inputs.q.shape, inputs.q.dtype, static.bq, 2), *sums]
     if inputs.bias is not None:
         out.append(_blocks(dx_shape, compute, static.bq, 2))
     specs = _by_query(static, inputs) + [_query_blocks(x, static) for x in per_query]
-    dq, S, *dx = _call(_dq_kernel, static, (B, H, Tq // static.bq), specs, out)
+    dq, D, S, *dx = _call(_dq_kernel, static, (B, H, Tq // static.bq), specs, out)
 
     out = [_blocks(x.shape, x.dtype, static.bk, 2) for x in (inputs.k, inputs.v)]
-    specs = _by_key(static, inputs) + [_group(x, H // Hkv) for x in (*per_query, S)]
+    specs = _by_key(static, inputs) + [_group(x, H // Hkv) for x in (*per_query, D, S)]
     dk, dv = _call(_dkv_kernel, static, (B, Hkv, Tk // static.bk), specs, out)
 
     dbias = None
@@ -222,11 +223,11 @@ def _backward(static: _Static, inputs: _Inputs, o: jax.Array, stats: _Stats, do:
     return _Inputs(dq, dk, dv, no_gradient[0], dbias, no_gradient[1])
 
 
-def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, D: Any, *refs: Any) -> None:
-    stats, (dq_ref, S_ref, *dx_ref) = _Stats(*refs[:5]), refs[5:]
-    q, do, compute = inputs.q[...], do_ref[...], D.dtype
+def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> None:
+    stats, (dq_ref, D_ref, S_ref, *dx_ref) = _Stats(*refs[:5]), refs[5:]
+    q, do, compute = inputs.q[...], do_ref[...], D_ref.dtype
     blocks, i = _key_blocks(static, inputs), pl.program_id(2)
-    row, D, l = _Row.of(stats.x_max[...], stats.x_min[...]), D[...], stats.l[...]  # noqa: E741
+    row, l = _Row.of(stats.x_max[...], stats.x_min[...]), stats.l[...]  # noqa: E741
     r = 1 / jnp.where(l == 0, 1, l)
 
     def scores(j: Any) -> Any:
@@ -235,12 +236,15 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, D: Any, *refs: Any
         g = jnp.where(on, _dot(do, v, (1, 1)), 0)
         return x, on, keys, jnp.where(on, jnp.exp(x - row.shift), 0) * r, g
 
-    def total(j: Any, S: jax.Array) -> jax.Array:
-        *_, p, g = scores(j)
-        return S + jnp.sum(g * p, axis=1, keepdims=True)
+    def total(j: Any, sums: Any) -> Any:
+        x, _, _, p, g = scores(j)
+        D, S = sums
+        y = row.factor(x, static.variant) * p
+        return D + jnp.sum(g * y, axis=1, keepdims=True), S + jnp.sum(g * p, axis=1, keepdims=True)
 
-    S = jax.lax.fori_loop(0, blocks, total, jnp.zeros((static.bq, 1), compute))
-    S_ref[...] = S
+    zero = jnp.zeros((static.bq, 1), compute)
+    D, S = jax.lax.fori_loop(0, blocks, total, (zero, zero))
+    D_ref[...], S_ref[...] = D, S
 
     def gradient(j: Any, dq: jax.Array) -> jax.Array:
         x, on, keys, p, g = scores(j)
@@ -257,8 +261,8 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, D: Any, *refs: Any
     dq_ref[...] = (static.scale * dq).astype(dq_ref.dtype)
 
 
-def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, D_ref: Any, *refs: Any) -> None:
-    stats, S_ref, dk_ref, dv_ref = _Stats(*refs[:5]), *refs[5:]
+def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> None:
+    stats, (D_ref, S_ref, dk_ref, dv_ref) = _Stats(*refs[:5]), refs[5:]
     k, v, compute = inputs.k[...], _finite(inputs.v[...]), D_ref.dtype
     j, (heads, Tq, _) = pl.program_id(2), inputs.q.shape
     count = Tq // static.bq
