@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
+from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_implementation, dtype_name
 from sa_softmax.backends.jax._softmax import JAX, participating, rows
 
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -92,9 +92,7 @@ def implementation(q_length: int, k_length: int, implementation: str | None = No
 
 
 def _chosen(implementation: str | None) -> str:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be None or one of {known}; got {implementation!r}")
+    check_implementation(implementation, IMPLEMENTATIONS)
     return implementation or "xla"
 
 
@@ -141,8 +139,8 @@ def by_blocks(
 
     def blocks(x: jax.Array | None) -> jax.Array | None:
         """(..., Tq, n) as (count, ..., size, n), filled up with zeros."""
-        if x is None or x.ndim < 2 or x.shape[-2] == 1:
-            return None
+        if x is None or x.ndim < 2 or x.shape[-2] != length:
+            return None  # the same for all queries
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count * size - length), (0, 0)])
         return jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0)
 

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from sa_softmax._validate import check_lengths, check_window
 from sa_softmax.backends.jax._attention import sa_attention
+from sa_softmax.backends.jax._softmax import JAX
 
 
 def dot_product_attention(
@@ -63,10 +65,11 @@ def dot_product_attention(
         ("key_value_seq_lengths", key_value_seq_lengths, columns),
     ):
         if lengths is not None:
-            seen = positions < _checked_lengths(name, lengths, batch)[:, None, None, None]
+            check_lengths(JAX, name, lengths, batch)
+            seen = positions < lengths[:, None, None, None]
             masks.append(seen if query.ndim == 4 else seen[0])
     if local_window_size is not None:
-        left, right = _checked_window(local_window_size)
+        left, right = check_window(local_window_size)
         masks.append((columns >= rows - left) & (columns <= rows + right))
     together = None
     for one in masks:
@@ -88,23 +91,3 @@ def _like_scores(x: jax.Array, query: jax.Array) -> jax.Array:
     if query.ndim == 3 and x.ndim == 4 and x.shape[0] == 1:
         return x[0]
     return x
-
-
-def _checked_lengths(name: str, lengths: jax.Array, batch: int) -> jax.Array:
-    if not isinstance(lengths, jax.Array) or lengths.dtype != jnp.int32:
-        got = getattr(lengths, "dtype", type(lengths).__name__)
-        raise TypeError(
-            f"{name} must be an int32 jax.Array; got {got}. Convert it with jax.numpy.asarray(..., 'int32')"
-        )
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name} must have one length per sequence, shape ({batch},); got {lengths.shape}")
-    return lengths
-
-
-def _checked_window(window: int | tuple[int, int]) -> tuple[int, int]:
-    left, right = (window, window) if isinstance(window, int) else window
-    if min(left, right) < 0:
-        raise ValueError(
-            f"local_window_size must be one or two numbers >= 0; got {window!r}. Mask the token itself out"
-        )
-    return left, right

@@ -115,27 +115,29 @@ def _attention_fwd(static: _Static, inputs: _Inputs) -> tuple[jax.Array, Any]:
 
 
 def _attention_bwd(static: _Static, residuals: Any, do: jax.Array) -> tuple[_Inputs]:
-    return (_gradients(static, *residuals, do),)
+    return (_backward(static, *residuals, do),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) -> _Inputs:
-    return _backward(static, inputs, stats, do)
+def _without_derivative(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` of ``static`` and arrays; JAX would differentiate kernels by itself, and not as the spec asks."""
+    guarded = jax.custom_jvp(run, nondiff_argnums=(0,))
 
+    @guarded.defjvp
+    def refuse(static: _Static, primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "implementation='pallas' has a first derivative only; got a second one. Use implementation='xla'"
+        )
 
-@_gradients.defjvp
-def _no_second_derivative(static: _Static, primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "implementation='pallas' has a first derivative only; got a second one. Use implementation='xla'"
-    )
+    return guarded
 
 
 # The kernels.
 
 
+@_without_derivative
 def _forward(static: _Static, inputs: _Inputs) -> tuple[jax.Array, _Stats]:
     B, H, Tq, _ = inputs.q.shape
     compute = COMPUTE_DTYPE[dtype_name(inputs.q)]
@@ -196,6 +198,7 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
         ref[...] = value
 
 
+@_without_derivative
 def _backward(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) -> _Inputs:
     B, H, Tq, _ = inputs.q.shape
     Hkv, Tk = inputs.k.shape[1:3]
