@@ -77,7 +77,7 @@ def sa_attention(
         from sa_softmax.backends.jax import _pallas  # Pallas takes its time to import
 
         return _pallas.attention(q, k, v, bias, mask, scale, offset, variant)
-    return _xla(q, k, v, bias, mask, scale, offset, variant)
+    return _sa_attention(q, k, v, bias, mask, scale, offset, variant)
 
 
 def implementation(q_length: int, k_length: int, implementation: str | None = None) -> str:
@@ -103,7 +103,7 @@ def _in_blocks(q_length: int, k_length: int) -> bool:
 
 
 @partial(jax.jit, static_argnames="variant")
-def _xla(
+def _sa_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

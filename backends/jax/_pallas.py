@@ -346,9 +346,9 @@ def _scores(
 
     def part(ref: Any) -> jax.Array:
         heads, rows, columns = ref.shape
-        h_ = 0 if heads == 1 else h
-        own = lambda n, size, block: pl.ds(_at(block, size), size) if n > size else slice(None)  # noqa: E731
-        return ref[h_, own(rows, static.bq, i), own(columns, static.bk, j)]
+        row = pl.ds(_at(i, static.bq), static.bq) if rows > static.bq else slice(None)
+        column = pl.ds(_at(j, static.bk), static.bk) if columns > static.bk else slice(None)
+        return ref[0 if heads == 1 else h, row, column]
 
     if inputs.mask is not None:
         on &= part(inputs.mask) != 0

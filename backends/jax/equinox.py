@@ -36,17 +36,20 @@ class SAMultiheadAttention(eqx.nn.MultiheadAttention):
         *,
         key: jax.Array | None = None,
         inference: bool | None = None,
+        deterministic: bool | None = None,
         process_heads: Any = None,
     ) -> jax.Array:
         """Attention of query (Tq, query_size) over key_ (Tk, key_size) and value (Tk, value_size): (Tq, output_size).
 
         ``mask`` is boolean, (Tq, Tk) or (num_heads, Tq, Tk), True where a key participates. ``process_heads`` maps the
         heads (T, num_heads, size) of query, key and value to heads of the same shapes. ``key`` would drive dropout.
+        ``deterministic`` is Equinox's older name of ``inference``.
 
         Raises:
             NotImplementedError: dropout, unless ``inference``.
             ValueError, TypeError: shapes or dtypes that do not fit, heads that change shape.
         """
+        inference = deterministic if inference is None else inference
         inference = self.dropout.inference if inference is None else inference
         if self.dropout.p > 0 and not inference:
             raise NotImplementedError(
