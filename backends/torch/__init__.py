@@ -1,14 +1,31 @@
 """PyTorch tensors on any device: eager, under torch.compile and torch.export, and under torch.func."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-from sa_softmax.backends.torch import _attention, _export, _row
+from sa_softmax.backends._native import native
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row
+from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
 
-__all__ = ["SASoftmax", "sa_attention", "sa_softmax"]
+__all__ = ["SAMultiheadAttention", "SASoftmax", "convert_module", "implementation", "sa_attention", "sa_softmax"]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
+
+if (_c_api := native()) is not None:
+    from sa_softmax.backends.torch import _native
+
+    _kernels.register("cpu", f"native {_c_api.instruction_set()}", _native)
+
+
+def implementation(device: torch.device | str) -> str:
+    """What runs on ``device``: "native" and an instruction set, or "composition" (PyTorch's own operators).
+
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, unless the environment variable
+    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
+    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    """
+    return _kernels.implementation(torch.device(device).type)
 
 
 def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where: Tensor | None = None) -> Tensor:
@@ -102,31 +119,3 @@ def sa_attention(
     )
     sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
     return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
-
-
-class SASoftmax(nn.Module):
-    """:func:`sa_softmax` as a module, in the place of ``nn.Softmax``.
-
-    The gradient of a row of zeros is 0 by convention under ``normalized`` (G5), because it grows like 1/R as the row
-    approaches zero and has no finite limit. A model whose query or key projection starts at exactly zero, as some
-    initialisation schemes have it, therefore stays dead: start it elsewhere, or use ``product``. The module does not
-    warn of such rows: it would have to read values, which stalls a device and cannot be traced.
-
-    Args:
-        axis: the axis whose slices are the rows.
-        variant: "normalized" or "product".
-
-    Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
-    """
-
-    def __init__(self, axis: int = -1, variant: str = "normalized") -> None:
-        super().__init__()
-        self.axis = axis
-        self.variant = variant
-
-    def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """Arguments, result and errors as in :func:`sa_softmax`."""
-        return sa_softmax(x, axis=self.axis, variant=self.variant, where=where)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, variant={self.variant!r}"
