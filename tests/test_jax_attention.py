@@ -118,6 +118,18 @@ def test_lengths_of_several_blocks(choice: str, variant: str) -> None:
         np.testing.assert_allclose(got, value, rtol=0, atol=2e-6 * max(1, abs(value).max()))
 
 
+@pytest.mark.parametrize("adapter", [BlockwiseAdapter(), PallasAdapter()], ids=lambda adapter: adapter.name)
+def test_what_fills_up_the_last_block_takes_no_part(adapter: Any) -> None:
+    """A key that holds NaN and that the bias excludes from all queries."""
+    q, k, v, do, bias = randn(1, 4, 3), randn(1, 5, 3), randn(1, 5, 2), randn(1, 4, 2), randn(1, 4, 5)
+    k[:, 2], v[:, 2], bias[..., 2] = np.nan, np.inf, -np.inf
+    options = {"variant": "product", "mask": None, "is_causal": False, "q_offset": 0, "scale": None}
+    gradients = adapter.sa_attention_vjp(q, k, v, do, bias=bias, device="cpu", **options)
+    for got, expected in zip(gradients, reference.sa_attention_vjp(q, k, v, do, bias=bias, **options), strict=True):
+        assert np.isfinite(expected).all()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
 @variants
 def test_tangents_and_second_derivatives_by_blocks(variant: str) -> None:
     """Against the implementation that materialises, which tests/test_jax.py holds against the reference."""

@@ -168,3 +168,12 @@ def test_the_flax_example_learns_with_both_attentions(capsys: pytest.CaptureFixt
     for first, last in losses.values():
         assert last < first - 0.1
     assert capsys.readouterr().out.count("loss") >= 2
+
+
+def test_the_guide_runs() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "jax.md").read_text()
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["o"].shape == (2, 10, 4, 8)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradients"]))

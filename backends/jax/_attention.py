@@ -147,10 +147,14 @@ def by_blocks(
     @jax.checkpoint
     def attend(block: Any) -> jax.Array:
         start, q, own_bias, own_mask = block
+        see = mask if own_mask is None else own_mask
+        if count * size != length:  # the queries that fill up see nothing, not even a NaN that all others exclude
+            exist = (start + jnp.arange(size) < length)[:, None]
+            see = exist if see is None else jnp.logical_and(*jnp.broadcast_arrays(exist, see))
         return _at_once(
             q, k, v,
             bias if own_bias is None else own_bias,
-            mask if own_mask is None else own_mask,
+            see,
             scale, None if q_offset is None else _shifted(q_offset, start), variant,
         )  # fmt: skip
 

@@ -339,16 +339,16 @@ def _scores(
     """
     x = static.scale * _dot(q, k, (1, 1), compute)
     position = partial(jax.lax.broadcasted_iota, jnp.int32, x.shape)
-    at = position(1) + j * static.bk
-    on = at < static.k_length
+    at, row = position(1) + j * static.bk, position(0) + i * static.bq
+    on = (at < static.k_length) & (row < static.q_length)  # those that fill up the last blocks take no part
     if static.q_offset is not None:
-        on &= at - (position(0) + i * static.bq) <= static.q_offset
+        on &= at - row <= static.q_offset
 
     def part(ref: Any) -> jax.Array:
         heads, rows, columns = ref.shape
-        row = pl.ds(_at(i, static.bq), static.bq) if rows > static.bq else slice(None)
-        column = pl.ds(_at(j, static.bk), static.bk) if columns > static.bk else slice(None)
-        return ref[0 if heads == 1 else h, row, column]
+        own_rows = pl.ds(_at(i, static.bq), static.bq) if rows > static.bq else slice(None)
+        own_columns = pl.ds(_at(j, static.bk), static.bk) if columns > static.bk else slice(None)
+        return ref[0 if heads == 1 else h, own_rows, own_columns]
 
     if inputs.mask is not None:
         on &= part(inputs.mask) != 0
