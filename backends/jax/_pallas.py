@@ -7,6 +7,7 @@ digit), and adds the extremal terms at the stored positions: comparing scores wi
 a product is rounded otherwise the second time.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ def attention(
         x = jnp.broadcast_to(x, (*(x.shape[:-3] if one else batch), *x.shape[-3:])).reshape(-1, *x.shape[-3:])
         return whole_blocks(x, *(1 if n == 1 else size for n, size in zip(x.shape[2:], static[-2:], strict=True)))
 
-    q, k, v = (array.reshape(-1, *array.shape[-3:]) for array in (q, k, v))
+    q, k, v = (array.reshape(math.prod(batch), *array.shape[-3:]) for array in (q, k, v))
     inputs = _Inputs(
         whole_blocks(q, static.bq, _power_of_two(q.shape[-1])),
         whole_blocks(k, static.bk, _power_of_two(k.shape[-1])),
