@@ -78,7 +78,9 @@ def attention(
     static = _Static(scale, q_offset, variant, length, k_length, bq, bk)
 
     def whole_blocks(x: jax.Array, *sizes: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, 0), *((0, -n % size) for n, size in zip(x.shape[2:], sizes, strict=True))])
+        """Filled up with zeros to a multiple, at least one, of each size."""
+        more = [max(1, -(-n // size)) * size - n for n, size in zip(x.shape[2:], sizes, strict=True)]
+        return jnp.pad(x, [(0, 0), (0, 0), *((0, n) for n in more)])
 
     def per_score(x: jax.Array | None) -> jax.Array | None:
         if x is None:
