@@ -133,6 +133,32 @@ def check_attention(
     return float(scale)
 
 
+def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:
+    """A choice of implementation is None or one of those that the backend knows."""
+    if implementation is not None and implementation not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"implementation must be None or one of {names}; got {implementation!r}")
+
+
+def check_lengths(kind: ArrayKind, name: str, lengths: Any, batch: int) -> None:
+    """Lengths of sequences are int32, one for each of the batch."""
+    _check_arrays(kind, **{name: lengths})
+    _check_dtype(name, lengths, ("int32",), "an integer dtype")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"{name} must hold one length per sequence, shape ({batch},); got {tuple(lengths.shape)}")
+
+
+def check_window(window: int | tuple[int, int]) -> tuple[int, int]:
+    """(left, right) of a window that may be given as one number."""
+    sides = window if isinstance(window, tuple) else (window, window)
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sides):
+        raise ValueError(
+            f"local_window_size must be one or two integers >= 0, (left, right); got {window!r}. "
+            "Exclude a token itself by a mask"
+        )
+    return sides
+
+
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")

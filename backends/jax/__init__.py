@@ -1,6 +1,7 @@
-"""JAX arrays: plain ``jax.numpy``, which XLA fuses and partitions, with the derivative that the spec states."""
+"""JAX arrays: ``jax.numpy``, which XLA fuses and partitions, with the derivative that the spec states, and kernels."""
 
-from sa_softmax.backends.jax._attention import sa_attention
+from sa_softmax.backends.jax._attention import implementation, sa_attention
+from sa_softmax.backends.jax._dot_product import dot_product_attention
 from sa_softmax.backends.jax._softmax import sa_softmax
 
-__all__ = ["sa_attention", "sa_softmax"]
+__all__ = ["dot_product_attention", "implementation", "sa_attention", "sa_softmax"]

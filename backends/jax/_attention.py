@@ -1,4 +1,4 @@
-"""Attention on JAX arrays, composed from the row operation."""
+"""Attention on JAX arrays, composed from the row operation, at once or by blocks of queries."""
 
 import operator
 from functools import partial
@@ -7,8 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
+from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_implementation, dtype_name
 from sa_softmax.backends.jax._softmax import JAX, participating, rows
+
+IMPLEMENTATIONS = ("xla", "pallas")
+MATERIALISED = 512 * 512
+"""Scores per head up to which XLA materialises all of them at once."""
+QUERIES = 128
+"""Queries of a block beyond that."""
 
 # The default precision rounds float32 factors to bfloat16 on TPUs and to TF32 on GPUs.
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -25,11 +31,11 @@ def sa_attention(
     is_causal: bool = False,
     q_offset: int = 0,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row; materialises Y.
+    """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row, in memory that is linear in Tq and Tk.
 
-    Differentiable in q, k, v and bias, and open to every transformation of JAX, as :func:`sa_softmax` is. Excluded
-    keys influence neither result nor gradient, whatever they hold.
+    Differentiable in q, k, v and bias. Excluded keys influence neither result nor gradient, whatever they hold.
 
     Args:
         q: (..., Hq, Tq, D). Hq is a multiple of Hkv; query head h reads key/value head h // (Hq // Hkv).
@@ -46,6 +52,10 @@ def sa_attention(
                   1 1 0 0              1 1 1 1
 
         scale: factor of the scores, 1/sqrt(D) by default.
+        implementation: "xla": Y is computed by blocks of queries and again on the way back, or at once where it has no
+            more than 512 * 512 entries per head; open to every transformation of JAX, as :func:`sa_softmax` is.
+            "pallas": fused kernels, which have not been run on a GPU or TPU yet; reverse mode and vmap only, the first
+            derivative only; on a CPU they are interpreted, slowly. None chooses; :func:`implementation` says what.
 
     Returns:
         (..., Hq, Tq, Dv) in the dtype of ``q``; 16-bit input is computed in float32 and rounded once. A query without
@@ -54,14 +64,42 @@ def sa_attention(
     Raises:
         TypeError: not floating JAX arrays of one dtype (``bias`` may also have the compute dtype), or a mask that is
             not boolean.
-        ValueError: shapes, heads, mask or bias that do not fit, q_offset without is_causal, unknown variant.
+        ValueError: shapes, heads, mask or bias that do not fit, q_offset without is_causal, unknown variant or
+            implementation.
 
     Source: paper, SA-Softmax in attention; spec clauses A.
     """
     scale = check_attention(
         JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale
     )
-    return _sa_attention(q, k, v, bias, mask, scale, _to_int32(q_offset) if is_causal else None, variant)
+    offset = causal_offset(is_causal, q_offset)
+    if _chosen(implementation) == "pallas":
+        from sa_softmax.backends.jax import _pallas  # Pallas takes its time to import
+
+        return _pallas.attention(q, k, v, bias, mask, scale, offset, variant)
+    return _sa_attention(q, k, v, bias, mask, scale, offset, variant)
+
+
+def implementation(q_length: int, k_length: int, implementation: str | None = None) -> str:
+    """What runs for these lengths: "xla, at once", "xla, blocks of 128 queries" or "pallas".
+
+    ``implementation`` is what :func:`sa_attention` gets; a choice that is given is what runs, on every device. None is
+    "xla" everywhere, until the kernels have been run on the devices that they are for.
+    """
+    if _chosen(implementation) == "pallas":
+        return "pallas"
+    return f"xla, blocks of {QUERIES} queries" if _in_blocks(q_length, k_length) else "xla, at once"
+
+
+def _chosen(implementation: str | None) -> str:
+    check_implementation(implementation, IMPLEMENTATIONS)
+    return implementation or "xla"
+
+
+def _in_blocks(q_length: int, k_length: int) -> bool:
+    if any(map(jax.export.is_symbolic_dim, (q_length, k_length))):
+        return False  # the number of blocks must be known
+    return q_length > QUERIES and q_length * k_length > MATERIALISED
 
 
 @partial(jax.jit, static_argnames="variant")
@@ -75,25 +113,91 @@ def _sa_attention(
     q_offset: int | None,
     variant: str,
 ) -> jax.Array:
+    length = q.shape[-2]
+    if not _in_blocks(length, k.shape[-2]):
+        return _at_once(q, k, v, bias, mask, scale, q_offset, variant)
+    return by_blocks(q, k, v, bias, mask, scale, q_offset, variant, QUERIES)
+
+
+def by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: float,
+    q_offset: int | None,
+    variant: str,
+    size: int,
+) -> jax.Array:
+    """Attention of ``size`` queries after the other, whose scores are computed anew for the derivative.
+
+    The batch and the heads stay whole, so that arrays that are sharded along them stay as they are.
+    """
+    length = q.shape[-2]
+    count = -(-length // size)
+
+    def blocks(x: jax.Array | None) -> jax.Array | None:
+        """(..., Tq, n) as (count, ..., size, n), filled up with zeros."""
+        if x is None or x.ndim < 2 or x.shape[-2] != length:
+            return None  # the same for all queries
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count * size - length), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0)
+
+    @jax.checkpoint
+    def attend(block: Any) -> jax.Array:
+        start, q, own_bias, own_mask = block
+        see = mask if own_mask is None else own_mask
+        if count * size != length:  # the queries that fill up see nothing, not even a NaN that all others exclude
+            exist = (start + jnp.arange(size) < length)[:, None]
+            see = exist if see is None else jnp.logical_and(*jnp.broadcast_arrays(exist, see))
+        return _at_once(
+            q, k, v,
+            bias if own_bias is None else own_bias,
+            see,
+            scale, None if q_offset is None else _shifted(q_offset, start), variant,
+        )  # fmt: skip
+
+    starts = size * jnp.arange(count, dtype=jnp.int32)
+    o = jnp.moveaxis(jax.lax.map(attend, (starts, blocks(q), blocks(bias), blocks(mask))), 0, -3)
+    return o.reshape(*q.shape[:-2], count * size, v.shape[-1])[..., :length, :]
+
+
+def _shifted(q_offset: Any, start: jax.Array) -> jax.Array:
+    """q_offset + start, where 32 bits hold it."""
+    return jnp.minimum(jnp.asarray(q_offset, jnp.int32), 2**31 - 1 - start) + start
+
+
+def _at_once(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: float,
+    q_offset: Any,
+    variant: str,
+) -> jax.Array:
     dtype = q.dtype
     q, k, v = (array.astype(COMPUTE_DTYPE[dtype_name(array)]) for array in (q, k, v))
     scores = (*q.shape[:-1], k.shape[-2])
-    x = scale * _qk(_by_kv_head(q, k), k).reshape(scores)
+    # scale * (q k) + bias could be rounded once or twice where XLA computes it anew, and then misses its own extrema.
+    x = _qk(_by_kv_head(scale * q, k), k).reshape(scores)
     if bias is not None:
         x = x + jnp.broadcast_to(bias.astype(x.dtype), scores)
     if q_offset is not None:
         causal = jnp.arange(scores[-1])[None] - jnp.arange(scores[-2])[:, None] <= q_offset
         mask = causal if mask is None else jnp.broadcast_to(causal, scores) & jnp.broadcast_to(mask, scores)
-    x, on = participating(x, mask)
-    y = rows(x, on, x.ndim - 1, variant)
+    x = participating(x, mask)
+    y, on = rows(x, x.ndim - 1, variant), x != -jnp.inf
     o = _yv(_by_kv_head(y, k), _poison(_by_kv_head(on, k), v), v).reshape(*q.shape[:-1], v.shape[-1])
     # A query without keys sends on no gradient either, whatever it is sent.
     return jnp.where(on.any(-1, keepdims=True), o, 0).astype(dtype)
 
 
-def _to_int32(q_offset: int) -> int:
-    """Any integer is allowed (A4); those that 32 bits do not hold exceed every length."""
-    return max(-(2**31), min(operator.index(q_offset), 2**31 - 1))
+def causal_offset(is_causal: bool, q_offset: int) -> int | None:
+    """Any integer is allowed (A4); those that 32 bits do not hold exceed every length. None if not causal."""
+    return max(-(2**31), min(operator.index(q_offset), 2**31 - 1)) if is_causal else None
 
 
 def _by_kv_head(x: jax.Array, k: jax.Array) -> jax.Array:

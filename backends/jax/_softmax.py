@@ -47,67 +47,88 @@ def sa_softmax(
 
 @partial(jax.jit, static_argnames=("axis", "variant"))
 def _sa_softmax(x: jax.Array, where: jax.Array | None, axis: int, variant: str) -> jax.Array:
-    z, on = participating(x.astype(COMPUTE_DTYPE[dtype_name(x)]), where)
-    return rows(z, on, axis, variant).astype(x.dtype)
+    return rows(participating(x.astype(COMPUTE_DTYPE[dtype_name(x)]), where), axis, variant).astype(x.dtype)
 
 
-def participating(x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Which entries participate, and ``x`` with 0 in place of the others.
+def participating(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """``x`` with -inf, which excludes, in place of the entries that do not participate.
 
     Select, never multiply: whatever an excluded entry holds, and whatever gradient it is sent, ends here (C5).
     """
-    on = x != -jnp.inf
     if where is not None:
-        on &= jnp.broadcast_to(where, x.shape)
-    return jnp.where(on, x, 0), on
+        x = jnp.where(jnp.broadcast_to(where, x.shape), x, -jnp.inf)
+    return _still_where_excluded(x)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def rows(z: jax.Array, on: jax.Array, axis: int, variant: str) -> jax.Array:
+@jax.custom_jvp
+def _still_where_excluded(x: jax.Array) -> jax.Array:
+    """The identity, of which XLA sees nothing; the derivative at -inf is 0, so that no tangent there is ever used."""
+    return x
+
+
+@_still_where_excluded.defjvp
+def _still_where_excluded_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (t,) = primals, tangents
+    return _still_where_excluded(x), jnp.where(x == -jnp.inf, 0, t)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def rows(x: jax.Array, axis: int, variant: str) -> jax.Array:
     """The operation on :func:`participating` arrays of the compute dtype.
 
     Its derivative is stated, because JAX halves the gradient of minimum(x, 0) at 0 and loses those of quotients near
-    the ends of the exponent range.
+    the ends of the exponent range, and because XLA needs fewer passes over the rows for it (docs/jax.md counts them).
     """
-    p, x_min, x_max = _softmax(z, on, axis)
-    if variant == "product":
-        return jnp.where(on, z * p, 0)
-    lo, unit, R = _range(x_min, x_max)
-    return jnp.where(on, (z * unit - lo * unit) / R * p, 0)
+    return _forward(x, axis, variant)[0]
 
 
 @rows.defjvp
 def _rows_jvp(axis: int, variant: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """dy = da * p + a * dp, linear in the tangent t, so that its transpose is the gradient of clauses G1 and G2.
 
-    It is written to stay finite in either direction: read backwards, products come before quotients.
+    It is written to stay finite in either direction (read backwards, products come before quotients), and so that
+    no factor of a row is inside a sum over it: XLA then keeps nothing but e and the selected g for the way back.
+    With e = exp(x - max x), l = sum e, s = unit / (R l), normalized is::
+
+        dy = e (s t - s dlo) + y (t - c),   c = sum(e t) / l + unit / R (dhi - dlo)
     """
-    z, on = primals
-    t, _ = tangents
+    (x,), (t,) = primals, tangents
     total = partial(jnp.sum, axis=axis, keepdims=True)
-    y = rows(z, on, axis, variant)
-    p, x_min, x_max = _softmax(z, on, axis)
+    _, e, r, x_min, x_max = _forward(x, axis, variant)
+    y = rows(x, axis, variant)
     if variant == "product":
         # y * (t - sum p t) may cancel terms beyond the largest float: half of the excess goes to either side of y.
-        big = 2.0 ** (np.finfo(z.dtype).maxexp // 2)
-        s = jnp.where(jnp.abs(x_max) > big, big**0.5, 1).astype(z.dtype)
+        big = 2.0 ** (np.finfo(x.dtype).maxexp // 2)
+        s = jnp.where(jnp.abs(x_max) > big, big**0.5, 1).astype(x.dtype)
         ts = t * s
-        return y, jnp.where(on, t * p + y / (s * s) * (ts - total(p * ts)) * s, 0)
-    lo, unit, R = _range(x_min, x_max)
-    a = (z * unit - lo * unit) / R
-    at_min, at_max = _shares(z, on, x_min, x_max, axis)
-    dlo, dhi = total(at_min * t), total(at_max * t)
-    da = (t - dlo - a * (dhi - dlo)) / R * unit
-    return y, jnp.where(on, da * p + a * (p * (t - total(p * t))), 0)
+        return y, jnp.where(x == -jnp.inf, 0, e * (r * t) + y / (s * s) * (ts - r * total(e * ts)) * s)
+    _, unit, R = _range(x_min, x_max)
+    u = unit / R
+
+    def at(extremum: jax.Array, free: jax.Array) -> jax.Array:
+        """The derivative of lo or hi along t: ties share it equally, and it is strict at zero (G3, G4)."""
+        tied = x == extremum
+        count = jnp.where(free, total(tied.astype(x.dtype)), 1)
+        return jnp.where(free, total(jnp.where(tied, t, 0)), 0) / count
+
+    dlo, dhi = at(x_min, x_min < 0), at(x_max, x_max > 0)
+    s, c = r * u, r * total(e * t) + u * (dhi - dlo)
+    return y, jnp.where(x == -jnp.inf, 0, e * (s * t - s * dlo) + y * (t - c))
 
 
-def _softmax(z: jax.Array, on: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """p, and the minimum and maximum over the participating entries; +inf and -inf where there are none."""
-    x_min = jnp.min(z, axis, keepdims=True, where=on, initial=jnp.inf)
-    x_max = jnp.max(z, axis, keepdims=True, where=on, initial=-jnp.inf)
-    e = jnp.exp(jnp.where(on, z - jax.lax.stop_gradient(x_max), -jnp.inf))
+def _forward(x: jax.Array, axis: int, variant: str) -> tuple[jax.Array, ...]:
+    """y, e = exp(x - max x), 1 / sum e, and the extrema over the participating entries, 0 and -inf without any.
+
+    The minimum counts excluded entries as 0, where it is clamped in any case.
+    """
+    x_min = jnp.min(jnp.where(x == -jnp.inf, 0, x), axis, keepdims=True, initial=0)
+    x_max = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    e = jnp.exp(x - jax.lax.stop_gradient(jnp.where(x_max == -jnp.inf, 0, x_max)))
     l = e.sum(axis, keepdims=True)  # noqa: E741 - the literature's name
-    return e / jnp.where(l == 0, 1, l), x_min, x_max
+    r = 1 / jnp.where(l == 0, 1, l)
+    lo, unit, R = _range(x_min, x_max)
+    a = x if variant == "product" else (x * unit - lo * unit) / R
+    return jnp.where(x == -jnp.inf, 0, a * (e * r)), e, r, x_min, x_max
 
 
 def _range(x_min: jax.Array, x_max: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -123,13 +144,3 @@ def _range(x_min: jax.Array, x_max: jax.Array) -> tuple[jax.Array, jax.Array, ja
     unit = 1 / jax.lax.reduce_precision(jax.lax.stop_gradient(size), finfo.nexp, 0)
     R = hi * unit - lo * unit
     return lo, unit, jnp.where(R == 0, jnp.inf, R)
-
-
-def _shares(z: jax.Array, on: jax.Array, x_min: jax.Array, x_max: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The share of each entry in the derivative of lo and of hi: ties equally, strict at zero (G3, G4)."""
-    at_min = (on & (z == x_min) & (x_min < 0)).astype(z.dtype)
-    at_max = (on & (z == x_max) & (x_max > 0)).astype(z.dtype)
-    return (
-        at_min / jnp.maximum(at_min.sum(axis, keepdims=True), 1),
-        at_max / jnp.maximum(at_max.sum(axis, keepdims=True), 1),
-    )

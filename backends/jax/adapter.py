@@ -1,17 +1,24 @@
-"""The JAX backend under the conformance suite: the public functions and their ``jax.vjp``, inside ``jax.jit``."""
+"""The JAX backend under the conformance suite: the public functions and their ``jax.vjp``, inside ``jax.jit``.
+
+``Adapter`` runs what is chosen by itself. For ``--backend sa_softmax.backends.jax.adapter:NAME`` there are beside it
+``BlockwiseAdapter``, attention by blocks of three queries, and ``PallasAdapter``, attention in the kernels.
+"""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sa_softmax._validate import check_attention
 from sa_softmax.backends.jax import sa_attention, sa_softmax
+from sa_softmax.backends.jax._attention import by_blocks, causal_offset
+from sa_softmax.backends.jax._softmax import JAX
 from sa_softmax.backends.protocol import OPERATIONS, Array, Gradients
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "BlockwiseAdapter", "PallasAdapter"]
 
 # The suite compiles two thousand programs and runs most of them once. Without these options that takes three times as
 # long, and the process runs out of memory maps.
@@ -29,6 +36,7 @@ class Adapter:
     operations = OPERATIONS
     dtypes = ("float16", "bfloat16", "float32", "float64")
     devices = tuple(dict.fromkeys((jax.default_backend(), "cpu")))
+    attention: Callable[..., Any] = staticmethod(sa_attention)
 
     def sa_softmax(self, x: Array, *, where: Array | None, device: str, **options: Any) -> Array:
         return _run(_softmax, device, x, where, **options)
@@ -39,13 +47,35 @@ class Adapter:
     def sa_attention(
         self, q: Array, k: Array, v: Array, *, bias: Array | None, mask: Array | None, device: str, **options: Any
     ) -> Array:
-        return _run(_attention, device, q, k, v, bias, mask, **options)
+        return _run(_attention, device, q, k, v, bias, mask, attention=self.attention, **options)
 
     def sa_attention_vjp(
         self, q: Array, k: Array, v: Array, do: Array, *,
         bias: Array | None, mask: Array | None, device: str, **options: Any,
     ) -> Gradients:  # fmt: skip
-        return _run(_attention_vjp, device, q, k, v, do, bias, mask, **options)
+        return _run(_attention_vjp, device, q, k, v, do, bias, mask, attention=self.attention, **options)
+
+
+def _by_blocks(
+    q: Any, k: Any, v: Any, *,
+    variant: str, bias: Any, mask: Any, is_causal: bool, q_offset: int, scale: float | None,
+) -> Any:  # fmt: skip
+    scale = check_attention(
+        JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale
+    )
+    return by_blocks(q, k, v, bias, mask, scale, causal_offset(is_causal, q_offset), variant, size=3)
+
+
+class BlockwiseAdapter(Adapter):
+    name = "jax, by blocks"
+    implementation = "xla, blocks of 3 queries, on the CPU with quick compilation"
+    attention = staticmethod(_by_blocks)
+
+
+class PallasAdapter(Adapter):
+    name = "jax, pallas"
+    implementation = "pallas, interpreted on a CPU"
+    attention = staticmethod(partial(sa_attention, implementation="pallas"))
 
 
 def _softmax(x: Any, where: Any, **options: Any) -> Any:
@@ -57,12 +87,16 @@ def _softmax_vjp(x: Any, g: Any, where: Any, **options: Any) -> Any:
     return vjp(g)[0]
 
 
-def _attention(q: Any, k: Any, v: Any, bias: Any, mask: Any, **options: Any) -> Any:
-    return sa_attention(q, k, v, bias=bias, mask=mask, **options)
+def _attention(
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, *, attention: Callable[..., Any], **options: Any
+) -> Any:  # fmt: skip
+    return attention(q, k, v, bias=bias, mask=mask, **options)
 
 
-def _attention_vjp(q: Any, k: Any, v: Any, do: Any, bias: Any, mask: Any, **options: Any) -> Any:
-    _, vjp = jax.vjp(lambda q, k, v, bias: sa_attention(q, k, v, bias=bias, mask=mask, **options), q, k, v, bias)
+def _attention_vjp(
+    q: Any, k: Any, v: Any, do: Any, bias: Any, mask: Any, *, attention: Callable[..., Any], **options: Any
+) -> Any:
+    _, vjp = jax.vjp(lambda q, k, v, bias: attention(q, k, v, bias=bias, mask=mask, **options), q, k, v, bias)
     return vjp(do)
 
 
@@ -78,6 +112,6 @@ def _run(function: Callable[..., Any], device: str, *arrays: Array | None, **opt
 def _jit(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     return jax.jit(
         function,
-        static_argnames=("axis", "variant", "is_causal", "q_offset", "scale"),
+        static_argnames=("axis", "variant", "is_causal", "q_offset", "scale", "attention"),
         compiler_options=QUICK_COMPILATION if device == "cpu" else None,
     )
