@@ -9,13 +9,12 @@ TRITON_INTERPRET must not be set: it replaces the compiler.
 
 import argparse
 import importlib
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["MODULES", "TARGETS", "Instance", "Usage", "instances", "measure", "table"]
+__all__ = ["MODULES", "TARGETS", "Instance", "Usage", "broken", "check", "instances", "measure"]
 
 MODULES = ("rows",)
 
@@ -40,22 +39,31 @@ class Instance:
     """One compilation of a kernel.
 
     ``arguments`` are those of a launch by name, with a ``torch.dtype`` in the place of a tensor; whatever is a multiple
-    of 16, pointers included, or 1, is compiled as such, as a launch would. ``registers`` is the most that one thread
-    may take on a target; the default leaves what num_warps lets the hardware give.
+    of 16, pointers included, or 1, is compiled as such, as a launch would. ``options`` are those of the launch, ``amd``
+    what differs there. ``registers`` is the most that one thread may take, by target, and by default
+    what the register file gives to each thread of one program; ``spills`` the most bytes it may spill, by default 0.
     """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
-    registers: int | None = None
+    amd: dict[str, Any] = field(default_factory=dict)
+    registers: dict[str, int] = field(default_factory=dict)
+    spills: dict[str, int] = field(default_factory=dict)
 
-    def bound(self, target: str) -> int:
-        """The most registers a thread may take: more, and the threads of one program do not fit on a processor."""
-        if self.registers is not None:
-            return self.registers
+    def options_on(self, target: str) -> dict[str, Any]:
+        return self.options | (self.amd if TARGETS[target].backend == "hip" else {})
+
+    def most_registers(self, target: str) -> int:
+        return self.registers.get(target, self._fitting(target))
+
+    def most_spilled(self, target: str) -> int:
+        return self.spills.get(target, 0)
+
+    def _fitting(self, target: str) -> int:
         most, file = (255, 65536) if TARGETS[target].backend == "cuda" else (512, 131072)
-        return min(most, file // (self.options["num_warps"] * TARGETS[target].warp_size))
+        return min(most, file // (self.options_on(target)["num_warps"] * TARGETS[target].warp_size))
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def measure(instance: Instance, target: str) -> Usage:
     """Compile, and read what the assembler says. RuntimeError where Triton interprets instead."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET replaces the compiler; unset it before Triton is imported")
-    compiled = triton.compile(_source(instance), target=TARGETS[target], options=instance.options)
+    compiled = triton.compile(_source(instance), target=TARGETS[target], options=instance.options_on(target))
     return (_nvidia if TARGETS[target].backend == "cuda" else _amd)(compiled)
 
 
@@ -134,17 +142,37 @@ def _amd(compiled: Any) -> Usage:
     return Usage(used["vgpr_count"], spills, compiled.metadata.shared)
 
 
-def table() -> str:
-    """The Markdown table of every instance on every target."""
-    rows = []
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+"""The most bytes of shared memory that a program can have."""
+
+
+def broken(instance: Instance, target: str, usage: Usage) -> list[str]:
+    """What the usage breaks, in words; empty if it keeps all bounds."""
+    bounds = {
+        "registers": instance.most_registers(target),
+        "spills": instance.most_spilled(target),
+        "shared": SHARED[target],
+    }
+    return [
+        f"{instance.name} on {target}: {name} {getattr(usage, name)}, at most {bound}"
+        for name, bound in bounds.items()
+        if getattr(usage, name) > bound
+    ]
+
+
+def check() -> tuple[str, list[str]]:
+    """The Markdown table of every instance on every target, and what breaks its bounds."""
+    rows, problems = [], []
     for instance in instances():
         cells = []
         for target in TARGETS:
             usage = measure(instance, target)
-            cells.append(f"{usage.registers} / {instance.bound(target)}, {usage.spills} B, {usage.shared} B")
-        rows.append(f"| {instance.name} | {instance.options['num_warps']} | {' | '.join(cells)} |")
-    head = ["kernel", "warps", *TARGETS]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows])
+            problems += broken(instance, target, usage)
+            registers = f"{usage.registers} of {instance.most_registers(target)}"
+            cells.append(f"{registers}, {usage.spills} B, {usage.shared / 1024:g} KiB")
+        rows.append(f"| {instance.name} | {' | '.join(cells)} |")
+    head = ["kernel", *TARGETS]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows]), problems
 
 
 _PAGE = """\
@@ -153,22 +181,25 @@ _PAGE = """\
 Written by `python -m sa_softmax.backends.torch._triton.compile_check --write docs/triton-registers.md` with Triton
 {version}, which compiles for GPUs that need not be there. None of these kernels has run on a GPU yet.
 
-Each cell: registers of a thread / the bound that the tests hold it to, bytes of a thread's registers that are spilled to
-memory (0 wanted, and held to), bytes of shared memory of a program. On AMD, registers are vector registers.
+Each cell: registers of a thread, of those that it may take; bytes of them that are spilled to memory; shared memory of a
+program. On AMD, registers are vector registers. A test compiles all of this again and fails where a bound is broken.
 
 {table}
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the page instead of printing the table")
     arguments = parser.parse_args()
+    rows, problems = check()
     if arguments.write is None:
-        print(table())
+        print(rows)
     else:
-        arguments.write.write_text(_PAGE.format(version=triton.__version__, table=table()))
+        arguments.write.write_text(_PAGE.format(version=triton.__version__, table=rows))
+    print(*problems, sep="\n", file=sys.stderr)
+    return bool(problems)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,7 +67,7 @@ def _run(direction: str, inputs: tuple[Tensor, ...], where: Tensor | None, axis:
     arguments = (*inputs, out, where, *strides, plan.sizes, rows, n)
     chunks = triton.cdiv(n, plan.columns)
     constants = _constants(plan, variant, chunks)
-    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    options = {"num_warps": plan.threads // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
     grid = (triton.cdiv(rows, plan.rows), chunks)
     statistics, write = _KERNELS[direction]
     partials = None
@@ -93,7 +93,7 @@ class _Plan(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     rows: int
     columns: int
-    warps: int
+    threads: int
     wide: bool
 
 
@@ -120,12 +120,13 @@ def _plan(
     else:
         rows = max(1, 2048 // columns)
         threads = rows * columns // 16
+    most = 1024 if columns == WHOLE["forward"] and dtype.itemsize == 2 else 512
     return _Plan(
         sizes=tuple(size for size, _ in axes[:-1]),
         strides=tuple((*(steps[t] for _, steps in axes), strides[t][axis]) for t in range(len(strides))),
         rows=rows,
         columns=columns,
-        warps=max(1, min(threads, 1024) // (64 if torch.version.hip else 32)),
+        threads=min(threads, most),
         wide=max((n + columns) * s[axis] for s in strides) >= 2**31,
     )
 
@@ -407,29 +408,48 @@ _TENSORS = {"forward": ["x", "y"], "vjp": ["x", "g", "dx"]}
 
 
 def instances() -> "Iterator[Instance]":
-    """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles."""
+    """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: both ends of the widths that one program
+    takes, what takes the most registers, and each kernel."""
+    cases = [
+        ("normalized", torch.float32, (4096, 128), 1, False),
+        ("normalized", torch.bfloat16, (4096, 4096), 1, False),
+        ("normalized", torch.float32, (4096, 8192), 1, True),
+        ("product", torch.float32, (4096, 8192), 1, True),
+        ("normalized", torch.bfloat16, (4096, 32768), 1, True),
+        ("normalized", torch.float32, (4096, 32768), 1, False),
+        ("normalized", torch.float32, (4096, 262144), 1, True),
+        ("normalized", torch.float64, (4096, 2048), 1, True),
+        ("normalized", torch.float32, (4, 100, 300), 1, True),
+    ]
+    for direction in _KERNELS:
+        for case in cases:
+            yield from _instances(direction, *case)
+
+
+def _instances(
+    direction: str, variant: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int, masked: bool
+) -> "Iterator[Instance]":
     from sa_softmax.backends.torch._triton.compile_check import Instance
 
-    cases = [
-        (direction, dtype, (4096, n), 1, variant, masked)
-        for direction in _KERNELS
-        for variant in ("normalized", "product")
-        for dtype, n, masked in (
-            (torch.float32, 128, False), (torch.float32, 8192, True), (torch.bfloat16, 32768, True),
-            (torch.float32, 32768, True), (torch.float32, 262144, True), (torch.float64, 2048, True)
+    names = [*_TENSORS[direction], *(["where"] if masked else [])]
+    plan = _plan(direction, dtype, shape, axis, *[torch.empty(shape, device="meta").stride()] * len(names))
+    chunks = triton.cdiv(shape[axis], plan.columns)
+    arguments: dict[str, Any] = {"where": None, "where_strides": None}
+    arguments |= dict.fromkeys(_TENSORS[direction], dtype) | ({"where": torch.bool} if masked else {})
+    arguments |= {f"{name}_strides": strides for name, strides in zip(names, plan.strides, strict=True)}
+    arguments |= {"partials": None if chunks == 1 else torch.promote_types(dtype, torch.float32)}
+    arguments |= {"sizes": plan.sizes, "rows": math.prod(shape) // shape[axis], "n": shape[axis]}
+    arguments |= _constants(plan, variant, chunks)
+    of = f"{variant}, {str(dtype).removeprefix('torch.')} {' x '.join(map(str, shape))}"
+    if axis != len(shape) - 1:
+        of += f" along axis {axis}"
+    for kernel in _KERNELS[direction][chunks == 1 :]:
+        yield Instance(
+            f"{kernel.__name__} {of}{', where' if masked else ''}",
+            kernel,
+            arguments,
+            {"num_warps": plan.threads // 32, "enable_fp_fusion": False},
+            amd={"num_warps": plan.threads // 64},
+            # An A100 lacks a few registers of a thread where 1024 threads hold a row of 32768 columns.
+            spills={"sm_80": 64} if plan.columns == WHOLE["forward"] else {},
         )
-    ]
-    cases += [(direction, torch.float32, (4, 100, 300), 1, "normalized", True) for direction in _KERNELS]
-    for direction, dtype, shape, axis, variant, masked in cases:
-        tensors = _TENSORS[direction] + (["where"] if masked else [])
-        plan = _plan(direction, dtype, shape, axis, *[torch.empty(shape, device="meta").stride()] * len(tensors))
-        compute = torch.promote_types(dtype, torch.float32)
-        chunks = triton.cdiv(shape[axis], plan.columns)
-        arguments: dict[str, Any] = {"partials": None if chunks == 1 else compute, "where": None, "where_strides": None}
-        arguments |= {name: dtype for name in _TENSORS[direction]} | ({"where": torch.bool} if masked else {})
-        arguments |= {f"{name}_strides": strides for name, strides in zip(tensors, plan.strides, strict=True)}
-        arguments |= {"sizes": plan.sizes, "rows": math.prod(shape) // shape[axis], "n": shape[axis]}
-        arguments |= _constants(plan, variant, chunks)
-        for kernel in _KERNELS[direction][chunks == 1 :]:
-            name = f"{kernel.__name__} {variant}, {str(dtype).split('.')[1]} {shape} axis {axis}{', where' if masked else ''}"
-            yield Instance(name, kernel, arguments, {"num_warps": plan.warps, "enable_fp_fusion": False})
