@@ -20,17 +20,22 @@ if (_c_api := native()) is not None:
 
     _kernels.register("cpu", f"native {_c_api.instruction_set()}", _native)
 
-if (torch.version.cuda or torch.version.hip) and os.environ.get("SA_SOFTMAX_IMPLEMENTATION") != "composition" and find_spec("triton") is not None:
+if (
+    (torch.version.cuda or torch.version.hip)
+    and os.environ.get("SA_SOFTMAX_IMPLEMENTATION") != "composition"
+    and find_spec("triton") is not None
+):
     _kernels.register("cuda", _triton.NAME, _triton)
 
 
 def implementation(device: torch.device | str) -> str:
     """What runs on ``device``: "native" and an instruction set, "triton", or "composition" (PyTorch's own operators).
 
-    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors where
-    Triton is (they have been compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment variable
-    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
-    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors
+    where Triton is (compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment
+    variable ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an
+    error if those of the CPU cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the
+    composition's.
     """
     return _kernels.implementation(torch.device(device).type)
 
@@ -123,7 +128,9 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
-    return _way(_attention, q, k, v, bias, mask).sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+    return _way(_attention, q, k, v, bias, mask).sa_attention(
+        q, k, v, bias, mask, q_offset if is_causal else None, scale, variant
+    )
 
 
 def _way(own: Any, *tensors: Tensor | None) -> Any:
