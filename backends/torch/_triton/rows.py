@@ -73,8 +73,10 @@ def _run(direction: str, inputs: tuple[Tensor, ...], where: Tensor | None, axis:
     partials = None
     if chunks > 1:
         partials = x.new_empty(7, chunks, rows, dtype=torch.promote_types(x.dtype, torch.float32))
-        statistics[grid](partials, *arguments, **constants, **options)
-    write[grid](partials, *arguments, **constants, **options)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
+        if chunks > 1:
+            statistics[grid](partials, *arguments, **constants, **options)
+        write[grid](partials, *arguments, **constants, **options)
     return out
 
 
@@ -109,7 +111,7 @@ def _plan(direction: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int,
             axes[-1] = (axes[-1][0] * shape[i], axes[-1][1])
         else:
             axes.append((shape[i], steps))
-    axes = axes or [(1, [0] * len(strides))]
+    axes = axes or [(1, [n * s[axis] for s in strides])]
     whole = WHOLE[direction] // (4 if dtype == torch.float64 else 1)
     columns = min(max(triton.next_power_of_2(n), 16), whole)
     if axes[0][1][0] < strides[0][axis]:  # neighbouring rows, not neighbouring columns, lie together in memory
@@ -130,7 +132,7 @@ def _plan(direction: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int,
 
 
 # Below, a tile is (ROWS, COLS) and what belongs to a row (ROWS, 1). z is x in the compute dtype, -inf where an entry
-# does not participate. m is the maximum, or 0 if nothing participates; total the sum of exp(z - m); lo = min(0, minimum).
+# does not participate. m is the maximum, or 0 if nothing participates; total is sum(exp(z - m)); lo = min(0, minimum).
 
 
 @triton.constexpr_function
