@@ -116,7 +116,7 @@ def _source(instance: Instance) -> ASTSource:
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = type_of(value, (i,))
-    return ASTSource(kernel, signature, constants, attributes)  # type: ignore[no-untyped-call]
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 _TYPES = {
