@@ -5,13 +5,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
 from sa_softmax.backends._native import native
 from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _triton
+from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
 
-__all__ = ["SASoftmax", "implementation", "sa_attention", "sa_softmax"]
+__all__ = ["SAMultiheadAttention", "SASoftmax", "convert_module", "implementation", "sa_attention", "sa_softmax"]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
@@ -143,31 +144,3 @@ def _way(own: Any, *tensors: Tensor | None) -> Any:
 
         return _sharding
     return own
-
-
-class SASoftmax(nn.Module):
-    """:func:`sa_softmax` as a module, in the place of ``nn.Softmax``.
-
-    The gradient of a row of zeros is 0 by convention under ``normalized`` (G5), because it grows like 1/R as the row
-    approaches zero and has no finite limit. A model whose query or key projection starts at exactly zero, as some
-    initialisation schemes have it, therefore stays dead: start it elsewhere, or use ``product``. The module does not
-    warn of such rows: it would have to read values, which stalls a device and cannot be traced.
-
-    Args:
-        axis: the axis whose slices are the rows.
-        variant: "normalized" or "product".
-
-    Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
-    """
-
-    def __init__(self, axis: int = -1, variant: str = "normalized") -> None:
-        super().__init__()
-        self.axis = axis
-        self.variant = variant
-
-    def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """Arguments, result and errors as in :func:`sa_softmax`."""
-        return sa_softmax(x, axis=self.axis, variant=self.variant, where=where)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, variant={self.variant!r}"
