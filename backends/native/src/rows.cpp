@@ -252,19 +252,21 @@ __attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const
   const C S = halve<C>(s[0] + s[1], plus) * inverse_l;
   const C D = halve<C>(d[0] + d[1], plus) * inverse_l * f.inverse_range;
   const Count ties_low = halve<Count>(at_low[0] + at_low[1], plus), ties_high = halve<Count>(at_high[0] + at_high[1], plus);
-  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range * f.unit : C(0);
-  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range * f.unit : C(0);
-  // dx = p (g (a + 1 / R) - D) + extremal. Where 1 / R = inverse_range unit overflows, the bracket is made smaller.
+  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range : C(0);
+  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range : C(0);
+  // dx = p (g (a + 1 / R) - D) + extremal. Where 1 / R = inverse_range unit overflows, though the sum may not,
+  // the terms are made smaller.
   const C spare = f.inverse_range * f.unit < kInfinity<C> ? C(1) : C(0x1p-60);
-  const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit) / spare),
+  const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit)),
                   a_scale = all(f.inverse_range * spare), more = all(f.inverse_range * (spare * f.unit)),
-                  Ds = all(D * spare), to_lows = all(to_low), to_highs = all(to_high);
+                  Ds = all(D * spare), to_lows = all(to_low * (spare * f.unit)),
+                  to_highs = all(to_high * (spare * f.unit)), grow = all(1 / spare);
   write_row(dx, n, means.streams, [&](int64_t i) {
     const Vector<C> v = z.at(i);
     Vector<C> out = load(means.e + i) * p_scale * (g.at(i) * ((v * unit - lo) * a_scale + more) - Ds);
     out += v == low ? to_lows : zero;
     out += v == high ? to_highs : zero;
-    return participating<kWhole, C>(v, out);
+    return participating<kWhole, C>(v, out * grow);
   });
 }
 // dx of one row (section 5 of the spec); g counts as 0 where z is -inf.
