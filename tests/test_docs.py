@@ -74,3 +74,42 @@ def test_the_committed_reports_are_of_this_suite_and_the_readme_tells_their_coun
     assert report["counts"]["failed"] == report["counts"]["expected"] == len(report["problems"]) == 0
     (row,) = re.findall(rf"^\| {path.stem} .*$", README, re.MULTILINE)
     assert f"| {report['counts']['passed']} |" in row
+
+
+PAGES = {
+    "start": ("torch", "jax", "mlx", "onnxscript", "onnxruntime", "sa_softmax_native"),
+    "migrate": ("torch",),
+    "numerics": ("numpy",),
+}
+"""The pages whose blocks run here, in order and in one namespace, and what they import."""
+
+ELSEWHERE = {
+    "distributed": "test_distributed_torch",
+    "export": "test_onnx_export",
+    "jax": "test_jax",
+    "mlx": "test_mlx",
+    "transformers": "test_transformers",
+    "write-a-backend": "test_docs",
+}
+"""The pages whose blocks another file runs, beside the tests of what they are about."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in PAGES[page]:
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks((ROOT / "docs" / f"{page}.md").read_text()):
+        exec(block, names)
+
+
+def test_every_page_with_blocks_is_run_somewhere() -> None:
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md") if blocks(path.read_text())}
+    assert pages == PAGES.keys() | ELSEWHERE.keys()
+    for page, file in ELSEWHERE.items():
+        assert f"{page}.md" in (ROOT / "tests" / f"{file}.py").read_text(), f"tests/{file}.py must run docs/{page}.md"
+
+
+def test_the_start_page_counts_the_cases() -> None:
+    assert f"runs {len(conformance.cases())} cases" in (ROOT / "docs" / "start.md").read_text()
