@@ -175,7 +175,7 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
     rows = (static.bq, 1)
     nowhere = jnp.full(rows, _NOWHERE, jnp.int32)
     start = (jnp.full(rows, -jnp.inf, compute), jnp.full(rows, jnp.inf, compute), nowhere, nowhere)
-    x_max, x_min, at_max, at_min = jax.lax.fori_loop(0, blocks, extrema, start)
+    x_max, x_min, at_max, at_min = _loop(blocks, extrema, start)
     row = _Row.of(x_max, x_min)
 
     def weigh(j: Any, carry: Any) -> Any:
@@ -194,7 +194,7 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
         return l + jnp.sum(e, axis=1, keepdims=True), o, poison
 
     zeros = jnp.zeros((static.bq, inputs.v.shape[-1]), compute)
-    l, o, poison = jax.lax.fori_loop(0, blocks, weigh, (jnp.zeros(rows, compute), zeros, zeros))  # noqa: E741
+    l, o, poison = _loop(blocks, weigh, (jnp.zeros(rows, compute), zeros, zeros))  # noqa: E741
     o = jnp.where(poison > 0, jnp.nan, o / jnp.where(l == 0, 1, l))
     o_ref[...] = jnp.where(l == 0, 0, o).astype(o_ref.dtype)
     for ref, value in zip(stats, (x_max, x_min, l, at_max, at_min), strict=True):
@@ -249,7 +249,7 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> Non
         return D + jnp.sum(g * y, axis=1, keepdims=True), S + jnp.sum(g * p, axis=1, keepdims=True)
 
     zero = jnp.zeros((static.bq, 1), compute)
-    D, S = jax.lax.fori_loop(0, blocks, total, (zero, zero))
+    D, S = _loop(blocks, total, (zero, zero))
     D_ref[...], S_ref[...] = D, S
 
     def gradient(j: Any, dq: jax.Array) -> jax.Array:
@@ -263,7 +263,7 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> Non
 
     for ref in dx_ref:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
-    dq = jax.lax.fori_loop(0, blocks, gradient, jnp.zeros(q.shape, compute))
+    dq = _loop(blocks, gradient, jnp.zeros(q.shape, compute))
     dq_ref[...] = (static.scale * dq).astype(dq_ref.dtype)
 
 
@@ -275,7 +275,7 @@ def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> No
 
     def gradient(step: Any, carry: Any) -> Any:
         dk, dv = carry
-        h, i = jax.lax.div(step, jnp.int32(count)), jax.lax.rem(step, jnp.int32(count))
+        h, i = _divided(step, count), jax.lax.rem(step, jnp.int32(count))
         here = (h, pl.ds(_at(i, static.bq), static.bq), slice(None))
         q, do, D, S = inputs.q[here], do_ref[here], D_ref[here], S_ref[here]
         x_max, x_min, l, at_max, at_min = (ref[here] for ref in stats)  # noqa: E741
@@ -289,7 +289,7 @@ def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> No
         return dk, dv + _dot(_rounded(y, do, static), _as(do, y, static), (0, 0))
 
     start = (jnp.zeros(k.shape, compute), jnp.zeros(v.shape, compute))
-    dk, dv = jax.lax.fori_loop(0, heads * count, gradient, start)
+    dk, dv = _loop(heads * count, gradient, start)
     dk_ref[...] = (static.scale * dk).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
@@ -367,7 +367,16 @@ def _key_blocks(static: _Static, inputs: _Inputs) -> Any:
     if static.q_offset is None:
         return blocks
     seen = (pl.program_id(2) + 1) * static.bq + min(max(static.q_offset, -(2**30)), 2**30)
-    return jax.lax.div(jnp.clip(seen + static.bk - 1, 0, blocks * static.bk), jnp.int32(static.bk))
+    return _divided(jnp.clip(seen + static.bk - 1, 0, blocks * static.bk), static.bk)
+
+
+def _loop(count: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
+    return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, start)
+
+
+def _divided(n: Any, size: int) -> jax.Array:
+    """n // size for n >= 0, in 32 bits whatever JAX's default is; a floor division does not lower without a device."""
+    return jax.lax.div(jnp.asarray(n, jnp.int32), jnp.int32(size))
 
 
 def _at(block: Any, size: int) -> Any:
@@ -435,8 +444,7 @@ def _by_query(static: _Static, inputs: _Inputs) -> list[_Cut | None]:
     """The inputs of a program that has a block of queries of one head."""
     groups = inputs.q.shape[1] // inputs.k.shape[1]
     whole = [
-        pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, jax.lax.div(h, jnp.int32(groups)), 0, 0))
-        for x in inputs[1:3]
+        pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, _divided(h, groups), 0, 0)) for x in inputs[1:3]
     ]
 
     def per_score(x: Any) -> _Cut | None:
