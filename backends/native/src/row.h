@@ -87,8 +87,10 @@ INLINE Factor<C> room(Extrema<C> row, int64_t n) {
 }
 
 // dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g; e holds n entries of scratch.
-template <class C>
-__attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx, C* e, bool normalized) {
+// With kValues y is the row operation itself, too; it may be g unless dx is.
+template <class C, bool kValues = false>
+__attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx, C* e, bool normalized,
+                                       C* y = nullptr) {
   using I = typename Simd<C>::I;
   const Vector<C> zero{}, excluded = all(-kInfinity<C>);
   const Extrema<C> row = extrema(z, n);
@@ -126,7 +128,7 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
                   inside = all(normalized ? f.unit : C(1));
   chunks(z, n, [&](int64_t i, const C* at) {
     const Chunk<C> gs(g, i, n), es(e, i, n);
-    Vector<C> out[4];
+    Vector<C> out[4], values[4];
     for (int u = 0; u < 4; ++u) {
       const Vector<C> v = load(at + u * kLanes<C>);
       const Vector<C> up = load(gs.at + u * kLanes<C>), p = load(es.at + u * kLanes<C>) * p_scale;
@@ -134,7 +136,9 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
       const Vector<C> extremal = (v == low ? to_lows : zero) + (v == high ? to_highs : zero);
       const Vector<C> dx = p * (up * a - Ds) * outside + (up * p + extremal) * a_scale * inside;
       out[u] = v == excluded ? zero : dx;
+      if (kValues) values[u] = v == excluded ? zero : p * a * outside;
     }
+    if (kValues) store_chunk(y, i, n, values);
     store_chunk(dx, i, n, out);
   });
 }
