@@ -64,8 +64,12 @@ __attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const 
                                              int64_t c_pitch, int64_t rows, int64_t depth, bool add) {
   const int64_t a_row = kTransposed ? 1 : a_pitch;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
+  for (; r + kRows <= rows; r += kRows) {
+    if (kTransposed)
+      for (int64_t i = 0; i < kRows; ++i)
+        for (int u = 0; u < U; ++u) __builtin_prefetch(c + (r + kRows + i) * c_pitch + u * kLanes<C>, 1);
     multiply_tile<C, kRows, U, kTransposed>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add);
+  }
   multiply_rest<C, kRows - 1, U, kTransposed>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, rows - r,
                                               depth, add);
 }
@@ -92,18 +96,17 @@ template <class C>
 INLINE bool is_finite(C x) {
   return x - x == 0;
 }
+// Of n entries, a multiple of kPad / 4.
 template <class C>
-bool all_finite(const C* rows, int64_t pitch, int64_t count, int64_t width) {
-  bool finite = true;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t c = 0; c < width; ++c) finite &= is_finite(rows[r * pitch + c]);
-  return finite;
+bool all_finite(const C* p, int64_t n) {
+  Vector<C> sum{};
+  for (int64_t i = 0; i < n; i += kLanes<C>) sum += load(p + i) * C(0);
+  return halve<C>(sum, [](auto a, auto b) { return a + b; }) == 0;
 }
 template <class C>
-void clean(C* rows, int64_t pitch, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t c = 0; c < width; ++c)
-      if (!is_finite(rows[r * pitch + c])) rows[r * pitch + c] = 0;
+void clean(C* p, int64_t n) {
+  if (!all_finite(p, n))
+    for (int64_t i = 0; i < n; ++i) p[i] = is_finite(p[i]) ? p[i] : C(0);
 }
 
 // Keys [begin, end).
@@ -278,12 +281,15 @@ struct Block {
       for (int64_t j = held.end; j < all.end; ++j) s[j] = -kInfinity<C>;
     }
   }
-  void weigh() {
+  // output = Y V
+  void weigh(bool careful) {
+    C scales[kMostRows] = {};
     for (int64_t r = 0; r < count; ++r)
-      if (const Range all = columns(r); !all.empty()) {
-        C* const s = scores + r * pitch + all.begin;
-        forward_row<C>(s, all.end - all.begin, s, scratch + job.at.e, job.normalized);
-      }
+      if (const Range all = columns(r); !all.empty())
+        scales[r] = weights_row<C>(scores + r * pitch + all.begin, all.end - all.begin, job.normalized);
+    multiply_scores(head.v, job.dv, job.dv_pitch, careful);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= scales[r];
   }
   // output = scores m, for m of n columns. With `careful`, entries of m that are not finite count as 0.
   void multiply_scores(const Matrix<T>& m, int64_t n, int64_t n_pitch, bool careful) const {
@@ -336,15 +342,13 @@ struct Block {
     head.template pack<false>(keys);
     load_rows(job.q, &AttentionStrides::q, job.d, C(job.scale), queries, job.d_pitch);
     score();
-    weigh();
-    multiply_scores(head.v, job.dv, job.dv_pitch, false);
-    if (!all_finite(output, job.dv_pitch, count, job.dv)) {
+    weigh(false);
+    if (!all_finite(output, count * job.dv_pitch)) {
       // A value that is not finite, wherever it stands, shows in the product, if only as 0 * inf: so the search for it
       // costs nothing where all is well. The scores are gone and must be computed again.
       score();
       poison();
-      weigh();
-      multiply_scores(head.v, job.dv, job.dv_pitch, true);
+      weigh(true);
       const C* const poisoned = scratch + job.at.poisoned;
       for (int64_t i = 0; i < count * job.dv_pitch; ++i)
         if (poisoned[i] != 0) output[i] = C(__builtin_nan(""));
@@ -360,14 +364,14 @@ struct Block {
     load_rows(job.o_grad, &AttentionStrides::o_grad, job.dv, 1, o_grad, job.dv_pitch);
     score();
     multiply_panels(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, upstream);
-    clean(queries, job.d_pitch, count, job.d);
-    if (!all_finite(o_grad, job.dv_pitch, count, job.dv)) {
+    clean(queries, count * job.d_pitch);
+    if (!all_finite(o_grad, count * job.dv_pitch)) {
       for (int64_t r = 0; v_grad != nullptr && r < count; ++r)
         for (int64_t c = 0; c < job.dv; ++c)
           if (!is_finite(o_grad[r * job.dv_pitch + c]))
             for (int64_t j = row_keys[r].begin; j < row_keys[r].end; ++j)
               if (participates(r, j)) v_grad[j * job.dv_pitch + c] = C(__builtin_nan(""));
-      clean(o_grad, job.dv_pitch, count, job.dv);
+      clean(o_grad, count * job.dv_pitch);
     }
     for (int64_t r = 0; r < count; ++r)
       if (const Range all = columns(r); !all.empty()) {
@@ -387,10 +391,10 @@ struct Block {
           ++g;
           continue;
         }
+        const int64_t begin = from * kRows, end = least(count, g * kRows);
         for (int64_t d = 0; d < n; d += kColumns<C>)
-          multiply<C, true>(weights + from * kRows * pitch + j, pitch, rows + from * kRows * n_pitch + d, n_pitch,
-                            grad + j * n_pitch + d, n_pitch, kPad, least(count, g * kRows) - from * kRows,
-                            least(kColumns<C>, n - d), true);
+          multiply<C, true>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
+                            n_pitch, kPad, end - begin, least(kColumns<C>, n - d), true);
       }
   }
   void vjp(C* k_grad, C* v_grad) {
@@ -399,7 +403,7 @@ struct Block {
     multiply_transposed(scores, queries, job.d, job.d_pitch, k_grad);
     multiply_scores(head.k, job.d, job.d_pitch, false);
     // dX carries the NaN of participating entries: k counts where it is finite.
-    if (!all_finite(output, job.d_pitch, count, job.d)) multiply_scores(head.k, job.d, job.d_pitch, true);
+    if (!all_finite(output, count * job.d_pitch)) multiply_scores(head.k, job.d, job.d_pitch, true);
     store_rows(output, job.d_pitch, job.d, C(job.scale), job.q_grad, &AttentionStrides::q_grad);
     if (job.bias_grad != nullptr && job.slots == 0)
       for (int64_t r = 0; r < count; ++r) {

@@ -6,9 +6,10 @@
 namespace sa_softmax {
 namespace {
 
-// In elements. A block's scores, and in the backward pass their gradients, leave room for the panels in an L2 cache of
-// 1 MiB. A part is so many rows that packing the keys costs little. What the parts of a gradient may take is bounded.
-constexpr int64_t kForwardCached = 1 << 17, kVjpCached = 1 << 16;
+// In elements. The scores of a block stay in an L2 cache of 1 MiB. In the backward pass, which reads and writes the
+// gradients of all keys for each block, blocks are worth more the more columns those have, even beyond that cache. A part
+// is so many rows that packing the keys costs little. What the parts of a gradient take in all is bounded.
+constexpr int64_t kForwardCached = 1 << 17, kVjpCachedPerColumn = 1 << 11;
 constexpr int64_t kUnits = 16, kForwardPart = 192, kVjpPart = 512, kPartial = 1 << 22;
 
 }  // namespace
@@ -164,7 +165,7 @@ struct Problem {
     empty = empty || job.batches * job.heads * job.group * job.tq * job.tk == 0;
   }
 
-  // The rows of a block, so that what `row_bytes` says of each stays in the cache.
+  // As many rows as `cached` scores are.
   void choose_block(int64_t cached) {
     const int64_t rows = job.group * job.tq, fitting = cached / job.pitch / kSmallest * kSmallest;
     job.block = std::min({rows, kMostRows, std::max(kSmallest, fitting)});
@@ -220,7 +221,7 @@ void attention_vjp(const AttentionOptions& options, const Array& q, const Array&
       if (a != nullptr) fill_zero(options.dtype, *a);
     return;
   }
-  problem.choose_block(kVjpCached);
+  problem.choose_block(kVjpCachedPerColumn * (job.d + job.dv));
   const int64_t heads = job.batches * job.heads, size = padded(job.tk) * (job.d_pitch + job.dv_pitch);
   job.parts = std::max<int64_t>(
       1, std::min({(kUnits / 2 + heads - 1) / heads, job.group * job.tq / kVjpPart, kPartial / (heads * size)}));
