@@ -4,11 +4,27 @@ import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-from sa_softmax.backends.torch import _attention, _export, _row
+from sa_softmax.backends._native import native
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row
 
-__all__ = ["SASoftmax", "sa_attention", "sa_softmax"]
+__all__ = ["SASoftmax", "implementation", "sa_attention", "sa_softmax"]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
+
+if (_c_api := native()) is not None:
+    from sa_softmax.backends.torch import _native
+
+    _kernels.register("cpu", f"native {_c_api.instruction_set()}", _native)
+
+
+def implementation(device: torch.device | str) -> str:
+    """What runs on ``device``: "native" and an instruction set, or "composition" (PyTorch's own operators).
+
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, unless the environment variable
+    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
+    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    """
+    return _kernels.implementation(torch.device(device).type)
 
 
 def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where: Tensor | None = None) -> Tensor:
