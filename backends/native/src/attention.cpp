@@ -4,11 +4,11 @@
 // matrix products are one microkernel, c[r][.] += sum over i of a[r][i] b[i][.], which holds kRows x kColumns of c in
 // registers and reads a row of b, a panel, per step:
 //
-//     scores      S = (scale Q) K^T   per panel of kColumns keys; K^T is packed into such panels once per unit of work
+//     scores      S = scale Q K^T     per panel of kColumns keys; K^T is packed into such panels once per unit of work
 //     output      O = Y V             S became Y = the row operation in place; V is read as it lies, if it lies well
 //
 //     backward    S as above, G = dO V^T with V^T packed likewise; the row gradient turns S into dX and G into Y;
-//                 dV += Y^T dO, dK += dX^T (scale Q), dQ = scale dX K: again the microkernel, with a transposed
+//                 dV += Y^T dO, dK += dX^T Q, dQ = dX K: again the microkernel, with a transposed
 //
 // The rows of a block are as many as keep the scores in the L2 cache, so K, V and their gradients, which stream past them,
 // cost little. Tiles of the products outside of causality and window are left out. A sum runs over keys, or over queries,
@@ -31,10 +31,10 @@ constexpr int64_t kColumns = kVectors * kLanes<C>;
 static_assert(kPanel % kColumns<float> == 0 && kMostRows % kRows == 0);
 
 // c[r][0..U vectors) += sum over i < depth of a(r, i) b[i][.], for R rows; a(r, i) = a[r * pitch + i], or
-// a[i * pitch + r] if transposed.
-template <class C, int R, int U, bool kTransposed>
+// a[i * pitch + r] if transposed. Not `add`: c was 0. At last c is multiplied by `factor`, which is 1 unless kScaled.
+template <class C, int R, int U, bool kTransposed, bool kScaled>
 INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
-                          int64_t depth, bool add) {
+                          int64_t depth, bool add, C factor) {
   Vector<C> sums[R][U];
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < U; ++u) sums[r][u] = add ? load(c + r * c_pitch + u * kLanes<C>) : Vector<C>{};
@@ -47,31 +47,32 @@ INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pit
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, sums[r][u]);
+    for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, kScaled ? sums[r][u] * factor : sums[r][u]);
 }
-template <class C, int R, int U, bool kTransposed>
+template <class C, int R, int U, bool kTransposed, bool kScaled>
 INLINE void multiply_rest(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
-                          int64_t depth, bool add) {
+                          int64_t depth, bool add, C factor) {
   if constexpr (R > 0) {
     if (rows == R)
-      multiply_tile<C, R, U, kTransposed>(a, a_pitch, b, b_pitch, c, c_pitch, depth, add);
+      multiply_tile<C, R, U, kTransposed, kScaled>(a, a_pitch, b, b_pitch, c, c_pitch, depth, add, factor);
     else
-      multiply_rest<C, R - 1, U, kTransposed>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add);
+      multiply_rest<C, R - 1, U, kTransposed, kScaled>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
   }
 }
-template <class C, int U, bool kTransposed>
+template <class C, int U, bool kTransposed, bool kScaled>
 __attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
-                                             int64_t c_pitch, int64_t rows, int64_t depth, bool add) {
+                                             int64_t c_pitch, int64_t rows, int64_t depth, bool add, C factor) {
   const int64_t a_row = kTransposed ? 1 : a_pitch;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    if (kTransposed)
+    if (kTransposed)  // c streams by
       for (int64_t i = 0; i < kRows; ++i)
         for (int u = 0; u < U; ++u) __builtin_prefetch(c + (r + kRows + i) * c_pitch + u * kLanes<C>, 1);
-    multiply_tile<C, kRows, U, kTransposed>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add);
+    multiply_tile<C, kRows, U, kTransposed, kScaled>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch,
+                                                     depth, add, factor);
   }
-  multiply_rest<C, kRows - 1, U, kTransposed>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, rows - r,
-                                              depth, add);
+  multiply_rest<C, kRows - 1, U, kTransposed, kScaled>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch,
+                                                       rows - r, depth, add, factor);
 }
 // The first `width` columns, rounded up to vectors.
 template <class C, bool kTransposed, int U = kVectors>
@@ -81,7 +82,7 @@ INLINE void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C
     if (width <= (U - 1) * kLanes<C>)
       return multiply<C, kTransposed, U - 1>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add);
   }
-  multiply_rows<C, U, kTransposed>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add);
+  multiply_rows<C, U, kTransposed, false>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, 1);
 }
 
 // A matrix in the caller's memory.
@@ -218,16 +219,16 @@ struct Block {
     return row_offset(r, job.head, job.row, array);
   }
 
-  void load_rows(const void* data, int64_t AttentionStrides::*array, int64_t n, C factor, C* rows,
+  void load_rows(const void* data, int64_t AttentionStrides::*array, int64_t n, C* rows,
                  int64_t rows_pitch) const {
     for (int64_t r = 0; r < count; ++r) {
       const T* const from = static_cast<const T*>(data) + offset(r, array);
       const int64_t step = job.column.*array;
       C* const row = rows + r * rows_pitch;
       if (step == 1)
-        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i]) * factor;
+        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i]);
       else
-        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i * step]) * factor;
+        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i * step]);
       for (int64_t i = n; i < rows_pitch; ++i) row[i] = 0;
     }
   }
@@ -244,21 +245,22 @@ struct Block {
     }
   }
 
-  // c[r][j] = rows[r] . panel of keys, where row r's group sees keys of the panel
-  void multiply_panels(const C* rows, int64_t rows_pitch, const C* panels, int64_t n, C* c) const {
+  // c[r][j] = factor rows[r] . panel of keys, where row r's group sees keys of the panel
+  void multiply_panels(const C* rows, int64_t rows_pitch, const C* panels, int64_t n, C factor, C* c) const {
     for (int64_t j = keys.begin / kPad * kPad; j < keys.end; j += kColumns<C>) {
       const Range pad{j / kPad * kPad, j / kPad * kPad + kPad};
       for (int64_t d = 0; d == 0 || d < n; d += kDepth)
         for (int64_t g = 0; g < groups(); ++g)
           if (group_keys[g].meets(pad))
-            multiply_rows<C, kVectors, false>(rows + g * kRows * rows_pitch + d, rows_pitch,
-                                              panels + j * n + d * kColumns<C>, kColumns<C>,
-                                              c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d), d > 0);
+            multiply_rows<C, kVectors, false, true>(rows + g * kRows * rows_pitch + d, rows_pitch,
+                                                    panels + j * n + d * kColumns<C>, kColumns<C>,
+                                                    c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
+                                                    d > 0, d + kDepth < n ? C(1) : factor);
     }
   }
   // -inf marks what does not participate.
   void score() {
-    multiply_panels(queries, job.d_pitch, scratch + job.at.keys, job.d, scores);
+    multiply_panels(queries, job.d_pitch, scratch + job.at.keys, job.d, C(job.scale), scores);
     for (int64_t r = 0; r < count; ++r) {
       C* const s = scores + r * pitch;
       const Range all = columns(r), seen = row_keys[r];
@@ -340,7 +342,7 @@ struct Block {
   }
   void forward() {
     head.template pack<false>(keys);
-    load_rows(job.q, &AttentionStrides::q, job.d, C(job.scale), queries, job.d_pitch);
+    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
     score();
     weigh(false);
     if (!all_finite(output, count * job.dv_pitch)) {
@@ -360,10 +362,10 @@ struct Block {
   // any) becomes NaN.
   void gradient(C* v_grad) {
     head.template pack<true>(keys);
-    load_rows(job.q, &AttentionStrides::q, job.d, C(job.scale), queries, job.d_pitch);
-    load_rows(job.o_grad, &AttentionStrides::o_grad, job.dv, 1, o_grad, job.dv_pitch);
+    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
+    load_rows(job.o_grad, &AttentionStrides::o_grad, job.dv, o_grad, job.dv_pitch);
     score();
-    multiply_panels(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, upstream);
+    multiply_panels(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, 1, upstream);
     clean(queries, count * job.d_pitch);
     if (!all_finite(o_grad, count * job.dv_pitch)) {
       for (int64_t r = 0; v_grad != nullptr && r < count; ++r)
@@ -467,14 +469,15 @@ void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch)
   }
 }
 
-// k_grad and v_grad of a head, out of its parts.
+// k_grad, which lacks the scale, and v_grad of a head.
 template <class T>
 void store_gradients(const AttentionJob& job, const AttentionStrides& at, const Compute<T>* k_grad,
                      const Compute<T>* v_grad) {
+  const Compute<T> scale = Compute<T>(job.scale);
   for (int64_t j = 0; j < job.tk; ++j) {
     T* const k = static_cast<T*>(job.k_grad) + at.k_grad + j * job.row.k_grad;
     T* const v = static_cast<T*>(job.v_grad) + at.v_grad + j * job.row.v_grad;
-    for (int64_t i = 0; i < job.d; ++i) k[i * job.column.k_grad] = narrow<T>(k_grad[j * job.d_pitch + i]);
+    for (int64_t i = 0; i < job.d; ++i) k[i * job.column.k_grad] = narrow<T>(k_grad[j * job.d_pitch + i] * scale);
     for (int64_t i = 0; i < job.dv; ++i) v[i * job.column.v_grad] = narrow<T>(v_grad[j * job.dv_pitch + i]);
   }
 }

@@ -53,9 +53,9 @@ struct AttentionOptions {
   DType dtype = DType::float32;
   Variant variant = Variant::normalized;
   bool is_causal = false;
-  int64_t q_offset = 0;          // query i sees keys j <= i + q_offset
-  int64_t left = -1;             // sliding window: query i sees keys j >= i + q_offset - left; -1: all
+  int64_t q_offset = 0;           // query i sees keys j <= i + q_offset
   std::optional<double> scale{};  // 1/sqrt(D) if absent
+  int64_t left = -1;              // sliding window: query i sees keys j >= i + q_offset - left; -1: all
 };
 
 // The shape (..., Hq, Tq, Dv) of the output, or Error.
