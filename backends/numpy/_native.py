@@ -8,7 +8,7 @@ import numpy.typing as npt
 from sa_softmax_native import c_api
 
 from sa_softmax import reference
-from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_softmax, dtype_name
+from sa_softmax._validate import check_attention, check_softmax, dtype_name
 from sa_softmax.reference import _NUMPY
 
 __all__ = ["sa_attention", "sa_attention_vjp", "sa_softmax", "sa_softmax_vjp"]
@@ -101,7 +101,7 @@ for _function in (sa_softmax, sa_softmax_vjp, sa_attention, sa_attention_vjp):
 
 
 def _widened(bias: Array | None, *arrays: Array) -> tuple[Array, ...]:
-    """``arrays`` in the dtype of ``bias``: with one in the compute dtype all is widened, and the result rounded once."""
+    """``arrays`` in the dtype of ``bias``: a wider one widens all, and the result is rounded once."""
     return arrays if bias is None else tuple(a.astype(bias.dtype, copy=False) for a in arrays)
 
 

@@ -154,7 +154,7 @@ def _compose_kernel_vjp(
 
 
 def _widened(bias: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the dtype of ``bias``: with one in the compute dtype all is widened, and the result rounded once."""
+    """``tensors`` in the dtype of ``bias``: a wider one widens all, and the result is rounded once."""
     return tensors if bias is None else tuple(x.to(bias.dtype) for x in tensors)
 
 

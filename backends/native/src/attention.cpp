@@ -30,9 +30,25 @@ template <class C>
 constexpr int64_t kColumns = kVectors * kLanes<C>;
 static_assert(kPanel % kColumns<float> == 0 && kMostRows % kRows == 0);
 
-// c[r][0..U vectors) += sum over i < depth of a(r, i) b[i][.], for R rows; a(r, i) = a[r * pitch + i], or
-// a[i * pitch + r] if transposed. Not `add`: c was 0. At last c is multiplied by `factor`, which is 1 unless kScaled.
-template <class C, int R, int U, bool kTransposed, bool kScaled>
+// What the microkernel computes, c[r][0..U vectors) += sum over i < depth of a(r, i) b[i][.] for R rows:
+//     plain       a(r, i) = a[r * pitch + i]
+//     transposed  a(r, i) = a[i * pitch + r]
+//     scaled      as plain, and c is multiplied by a factor in the end
+//     pairs       as scaled, but an entry of a and b is two bfloat16, whose two products are added (AVX512_BF16)
+// Not `add`: c was 0.
+enum class Product { plain, transposed, scaled, pairs };
+
+template <class C, Product kProduct>
+INLINE void add_product(Vector<C>& sum, Vector<C> a, Vector<C> b) {
+#if SA_SOFTMAX_VECTOR == 64
+  if constexpr (kProduct == Product::pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return;
+  }
+#endif
+  sum += a * b;
+}
+template <class C, Product kProduct, int R, int U>
 INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
                           int64_t depth, bool add, C factor) {
   Vector<C> sums[R][U];
@@ -42,48 +58,55 @@ INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pit
     Vector<C> bs[U];
     for (int u = 0; u < U; ++u) bs[u] = load(b + i * b_pitch + u * kLanes<C>);
     for (int r = 0; r < R; ++r) {
-      const Vector<C> as = all(kTransposed ? a[i * a_pitch + r] : a[r * a_pitch + i]);
-      for (int u = 0; u < U; ++u) sums[r][u] += as * bs[u];
+      const Vector<C> as = all(kProduct == Product::transposed ? a[i * a_pitch + r] : a[r * a_pitch + i]);
+      for (int u = 0; u < U; ++u) add_product<C, kProduct>(sums[r][u], as, bs[u]);
     }
   }
+  constexpr bool scales = kProduct == Product::scaled || kProduct == Product::pairs;
   for (int r = 0; r < R; ++r)
-    for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, kScaled ? sums[r][u] * factor : sums[r][u]);
+    for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, scales ? sums[r][u] * factor : sums[r][u]);
 }
-template <class C, int R, int U, bool kTransposed, bool kScaled>
+template <class C, Product kProduct, int R, int U>
 INLINE void multiply_rest(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
                           int64_t depth, bool add, C factor) {
   if constexpr (R > 0) {
     if (rows == R)
-      multiply_tile<C, R, U, kTransposed, kScaled>(a, a_pitch, b, b_pitch, c, c_pitch, depth, add, factor);
+      multiply_tile<C, kProduct, R, U>(a, a_pitch, b, b_pitch, c, c_pitch, depth, add, factor);
     else
-      multiply_rest<C, R - 1, U, kTransposed, kScaled>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
+      multiply_rest<C, kProduct, R - 1, U>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
   }
 }
-template <class C, int U, bool kTransposed, bool kScaled>
+template <class C, Product kProduct, int U>
 __attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
                                              int64_t c_pitch, int64_t rows, int64_t depth, bool add, C factor) {
-  const int64_t a_row = kTransposed ? 1 : a_pitch;
+  const int64_t a_row = kProduct == Product::transposed ? 1 : a_pitch;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    if (kTransposed)  // c streams by
+    if (kProduct == Product::transposed)  // c streams by
       for (int64_t i = 0; i < kRows; ++i)
         for (int u = 0; u < U; ++u) __builtin_prefetch(c + (r + kRows + i) * c_pitch + u * kLanes<C>, 1);
-    multiply_tile<C, kRows, U, kTransposed, kScaled>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch,
-                                                     depth, add, factor);
+    multiply_tile<C, kProduct, kRows, U>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add,
+                                         factor);
   }
-  multiply_rest<C, kRows - 1, U, kTransposed, kScaled>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch,
-                                                       rows - r, depth, add, factor);
+  multiply_rest<C, kProduct, kRows - 1, U>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, rows - r,
+                                           depth, add, factor);
 }
 // The first `width` columns, rounded up to vectors.
-template <class C, bool kTransposed, int U = kVectors>
+template <class C, Product kProduct, int U = kVectors>
 INLINE void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
-                     int64_t depth, int64_t width, bool add) {
+                     int64_t depth, int64_t width, bool add, C factor = 1) {
   if constexpr (U > 1) {
     if (width <= (U - 1) * kLanes<C>)
-      return multiply<C, kTransposed, U - 1>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add);
+      return multiply<C, kProduct, U - 1>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add, factor);
   }
-  multiply_rows<C, U, kTransposed, false>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, 1);
+  multiply_rows<C, kProduct, U>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
 }
+
+template <class T>
+constexpr bool kMayPair = kSame<T, Bfloat> && SA_SOFTMAX_VECTOR == 64;
+
+// Two bfloat16 in a word of the size of C.
+INLINE float pair(Bfloat low, Bfloat high) { return as<float>(uint32_t(low.bits) | uint32_t(high.bits) << 16); }
 
 // A matrix in the caller's memory.
 template <class T>
@@ -151,18 +174,46 @@ struct Head {
         for (int64_t i = 0; i < n; ++i) panel[i * kColumns<C> + c] = m.at(j + c, i);
     }
   }
+  // rows[j][i] = m[j][i] for the keys in `keys`
   void pack_rows(const Matrix<T>& m, int64_t n, Range keys, C* rows, int64_t pitch) const {
     for (int64_t j = keys.begin; j < least(keys.end, job.tk); ++j) {
       C* const row = rows + j * pitch;
-      if (m.column == 1)
-        for (int64_t i = 0; i < n; ++i) row[i] = m.at(j, i);
-      else
-        for (int64_t i = 0; i < n; ++i) row[i] = m.at(j, i);
+      for (int64_t i = 0; i < n; ++i) row[i] = m.at(j, i);
       for (int64_t i = n; i < pitch; ++i) row[i] = 0;
     }
   }
+  // The same with two bfloat16 in a word: neighbours of a row in pack_transposed, neighbouring rows in pack_rows.
+  void pack_paired(Range keys) const {
+    const int64_t words = (job.d + 1) / 2;
+    for (int64_t j = keys.begin; j < keys.end; j += kColumns<C>) {
+      C* const panel = scratch + job.at.keys + j * words;
+      const int64_t width = between(0, job.tk - j, kColumns<C>);
+      if (width < kColumns<C>) std::memset(panel, 0, size_t(words * kColumns<C>) * sizeof(C));
+      for (int64_t c = 0; c < width; ++c) {
+        const Bfloat* const row = k.data + (j + c) * k.row;
+        for (int64_t i = 0; i < job.d / 2; ++i)
+          panel[i * kColumns<C> + c] = pair(row[2 * i * k.column], row[(2 * i + 1) * k.column]);
+        if (job.d % 2) panel[job.d / 2 * kColumns<C> + c] = pair(row[(job.d - 1) * k.column], Bfloat{0});
+      }
+    }
+    for (int64_t j = keys.begin; j < keys.end; j += 2)
+      pair_rows(j, 0, job.dv_pitch, scratch + job.at.rows + j / 2 * job.dv_pitch, false);
+  }
+  // words[c] = v[j][first + c], v[j + 1][first + c]; 0 beyond v, and with `careful` for what is not finite
+  void pair_rows(int64_t j, int64_t first, int64_t width, C* words, bool careful) const {
+    const auto at = [&](int64_t row, int64_t c) {
+      const Bfloat value = row < job.tk ? v.data[row * v.row + c * v.column] : Bfloat{0};
+      return careful && !is_finite(widen(value)) ? Bfloat{0} : value;
+    };
+    const int64_t inside = least(width, job.dv - first);
+    for (int64_t c = 0; c < inside; ++c) words[c] = pair(at(j, first + c), at(j + 1, first + c));
+    for (int64_t c = inside; c < width; ++c) words[c] = 0;
+  }
   template <bool kVjp>
   void pack_more(Range keys) {
+    if constexpr (kMayPair<T> && !kVjp) {
+      if (job.pairs) return pack_paired(keys);
+    }
     pack_transposed(k, job.d, keys, scratch + job.at.keys);
     if (kVjp) pack_transposed(v, job.dv, keys, scratch + job.at.values);
     if (const Matrix<T>& m = kVjp ? k : v; !direct(m, kVjp ? job.d : job.dv))
@@ -246,21 +297,30 @@ struct Block {
   }
 
   // c[r][j] = factor rows[r] . panel of keys, where row r's group sees keys of the panel
+  template <Product kProduct>
   void multiply_panels(const C* rows, int64_t rows_pitch, const C* panels, int64_t n, C factor, C* c) const {
     for (int64_t j = keys.begin / kPad * kPad; j < keys.end; j += kColumns<C>) {
       const Range pad{j / kPad * kPad, j / kPad * kPad + kPad};
       for (int64_t d = 0; d == 0 || d < n; d += kDepth)
         for (int64_t g = 0; g < groups(); ++g)
           if (group_keys[g].meets(pad))
-            multiply_rows<C, kVectors, false, true>(rows + g * kRows * rows_pitch + d, rows_pitch,
-                                                    panels + j * n + d * kColumns<C>, kColumns<C>,
-                                                    c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
-                                                    d > 0, d + kDepth < n ? C(1) : factor);
+            multiply_rows<C, kProduct, kVectors>(rows + g * kRows * rows_pitch + d, rows_pitch,
+                                                 panels + j * n + d * kColumns<C>, kColumns<C>,
+                                                 c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
+                                                 d > 0, d + kDepth < n ? C(1) : factor);
     }
+  }
+  void multiply_keys() const {
+    const C* const panels = scratch + job.at.keys;
+    if constexpr (kMayPair<T>) {
+      if (job.pairs)
+        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, (job.d + 1) / 2, C(job.scale), scores);
+    }
+    multiply_panels<Product::scaled>(queries, job.d_pitch, panels, job.d, C(job.scale), scores);
   }
   // -inf marks what does not participate.
   void score() {
-    multiply_panels(queries, job.d_pitch, scratch + job.at.keys, job.d, C(job.scale), scores);
+    multiply_keys();
     for (int64_t r = 0; r < count; ++r) {
       C* const s = scores + r * pitch;
       const Range all = columns(r), seen = row_keys[r];
@@ -283,15 +343,69 @@ struct Block {
       for (int64_t j = held.end; j < all.end; ++j) s[j] = -kInfinity<C>;
     }
   }
+  void load_queries() const {
+    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
+    if constexpr (kMayPair<T>) {
+      if (job.pairs)
+        for (int64_t r = 0; r < count; ++r) halve_row(queries + r * job.d_pitch, job.d_pitch);
+    }
+  }
+  // n numbers, a multiple of 16, as bfloat16 in the first half of their place.
+  void halve_row(C* row, int64_t n) const {
+    for (int64_t i = 0; i < n; i += 16) {
+      Bfloat halves[16];
+      for (int64_t c = 0; c < 16; ++c) halves[c] = narrow<Bfloat>(row[i + c]);
+      std::memcpy(row + i / 2, halves, sizeof halves);
+    }
+  }
   // output = Y V
   void weigh(bool careful) {
     C scales[kMostRows] = {};
     for (int64_t r = 0; r < count; ++r)
       if (const Range all = columns(r); !all.empty())
         scales[r] = weights_row<C>(scores + r * pitch + all.begin, all.end - all.begin, job.normalized);
-    multiply_scores(head.v, job.dv, job.dv_pitch, careful);
+    multiply_values(careful);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= scales[r];
+  }
+  void multiply_values(bool careful) const {
+    if constexpr (kMayPair<T>) {
+      if (job.pairs) return multiply_paired_values(careful);
+    }
+    multiply_scores(head.v, job.dv, job.dv_pitch, careful);
+  }
+  // As multiply_scores, with the scores rounded to bfloat16.
+  void multiply_paired_values(bool careful) const {
+    std::memset(output, 0, size_t(count * job.dv_pitch) * sizeof(C));
+    for (int64_t r = 0; r < count; ++r)
+      if (const Range all = columns(r); !all.empty()) {
+        // A pair of keys stands where the one with half its number would.
+        C* const s = scores + r * pitch;
+        halve_row(s + all.begin, all.end - all.begin);
+        std::memmove(s + all.begin / 2, s + all.begin, size_t(all.end - all.begin) / 2 * sizeof(C));
+      }
+    for (int64_t d = 0; d < job.dv; d += kColumns<C>) {
+      const int64_t width = least(kColumns<C>, job.dv - d);
+      for (int64_t j = keys.begin / 2; 2 * j < keys.end; j += kDepth) {
+        const Range chunk{j, least(j + kDepth, (keys.end + 1) / 2)};
+        const C* b = scratch + job.at.rows + j * job.dv_pitch + d;
+        if (careful) {
+          C* const panel = scratch + job.at.panel;
+          for (int64_t i = chunk.begin; i < chunk.end; ++i)
+            head.pair_rows(2 * i, d, kColumns<C>, panel + (i - j) * kColumns<C>, true);
+          b = panel;
+        }
+        const int64_t b_pitch = careful ? kColumns<C> : job.dv_pitch;
+        for (int64_t g = 0; g < groups(); ++g) {
+          const int64_t begin = group_keys[g].begin / 2, end = (group_keys[g].end + 1) / 2;
+          const Range seen{begin > j ? begin : j, least(end, chunk.end)};
+          if (!group_keys[g].empty() && !seen.empty())
+            multiply<C, Product::pairs>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                        b_pitch, output + g * kRows * job.dv_pitch + d, job.dv_pitch, rows_of(g),
+                                        seen.end - seen.begin, width, true);
+        }
+      }
+    }
   }
   // output = scores m, for m of n columns. With `careful`, entries of m that are not finite count as 0.
   void multiply_scores(const Matrix<T>& m, int64_t n, int64_t n_pitch, bool careful) const {
@@ -319,7 +433,7 @@ struct Block {
         for (int64_t g = 0; g < groups(); ++g) {
           const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
           if (!seen.empty())
-            multiply<C, false>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch, b_pitch,
+            multiply<C, Product::plain>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch, b_pitch,
                                output + g * kRows * n_pitch + d, n_pitch, rows_of(g), seen.end - seen.begin, width, true);
         }
       }
@@ -342,7 +456,7 @@ struct Block {
   }
   void forward() {
     head.template pack<false>(keys);
-    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
+    load_queries();
     score();
     weigh(false);
     if (!all_finite(output, count * job.dv_pitch)) {
@@ -362,10 +476,10 @@ struct Block {
   // any) becomes NaN.
   void gradient(C* v_grad) {
     head.template pack<true>(keys);
-    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
+    load_queries();
     load_rows(job.o_grad, &AttentionStrides::o_grad, job.dv, o_grad, job.dv_pitch);
     score();
-    multiply_panels(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, 1, upstream);
+    multiply_panels<Product::scaled>(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, 1, upstream);
     clean(queries, count * job.d_pitch);
     if (!all_finite(o_grad, count * job.dv_pitch)) {
       for (int64_t r = 0; v_grad != nullptr && r < count; ++r)
@@ -395,7 +509,7 @@ struct Block {
         }
         const int64_t begin = from * kRows, end = least(count, g * kRows);
         for (int64_t d = 0; d < n; d += kColumns<C>)
-          multiply<C, true>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
+          multiply<C, Product::transposed>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
                             n_pitch, kPad, end - begin, least(kColumns<C>, n - d), true);
       }
   }

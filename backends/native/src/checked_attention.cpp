@@ -195,6 +195,7 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   AttentionJob& job = problem.job;
   if (problem.empty) return fill_zero(options.dtype, o);
   problem.choose_block(kForwardCached);
+  job.pairs = options.dtype == DType::bfloat16 && kernels().pairs;
   const int64_t heads = job.batches * job.heads;
   job.parts = std::max<int64_t>(1, std::min((kUnits + heads - 1) / heads, job.group * job.tq / kForwardPart));
   Layout layout;

@@ -63,6 +63,7 @@ struct AttentionJob {
   int64_t from, to;  // query i sees the keys i + from <= j <= i + to; both lie in [-tq, tk]
   double scale;
   bool normalized;
+  bool pairs;  // products of pairs of bfloat16
   int64_t block, parts;
   int64_t pitch, d_pitch, dv_pitch;  // of rows of scores, and of rows of D and Dv entries, in scratch
   AttentionScratch at;
