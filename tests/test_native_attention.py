@@ -1,4 +1,4 @@
-"""The attention kernels of sa-softmax-native, through the NumPy door and the C interface, against the reference in float64.
+"""The attention kernels of sa-softmax-native, through their C interface, against the reference in float64.
 
 The conformance suite and the fuzz target hold every element to the bounds of the spec on small shapes. Here: sizes at
 which blocks, panels and parts begin and end, the sliding window, threads, memory.
@@ -63,9 +63,9 @@ def expected(
     i, j = np.arange(q.shape[-2])[:, None], np.arange(k.shape[-2])
     seen = np.ones((q.shape[-2], k.shape[-2]), bool)
     if offset is not None:
-        seen &= j <= i + offset
+        seen &= j - i <= max(-1000, min(offset, 1000))
     if left >= 0:
-        seen &= j >= i + (offset or 0) - left
+        seen &= j - i >= max(-1000, min((offset or 0) - left, 1000))
     options: dict[str, Any] = {
         "variant": variant,
         "bias": None if bias is None else bias.astype(np.float64),
@@ -77,14 +77,16 @@ def expected(
     return reference.sa_attention(q, k, v, **options), *(a for a in gradients if a is not None)
 
 
-def assert_close(got: tuple[Array, ...], truth: tuple[Array, ...]) -> None:
+def assert_close(got: tuple[Array, ...], truth: tuple[Array, ...], roundings: int = 64) -> None:
     """Within the rounding of the result and of Y (A10), and of sums as long as these, relative to the largest value."""
     for a, b in zip(got, truth, strict=True):
         assert a.shape == b.shape
         compute = "float64" if a.dtype == np.float64 else "float32"
-        bound = 64 * float(finfo(compute).eps) + float(finfo(a.dtype.name).eps)
+        bound = roundings * float(finfo(compute).eps) + float(finfo(a.dtype.name).eps)
         assert np.array_equal(np.isnan(a), np.isnan(b))
-        np.testing.assert_allclose(a.astype(np.float64), b, rtol=0, atol=bound * max(1.0, np.nanmax(np.abs(b), initial=0)))
+        np.testing.assert_allclose(
+            a.astype(np.float64), b, rtol=0, atol=bound * max(1.0, np.nanmax(np.abs(b), initial=0))
+        )
 
 
 def inputs(
@@ -123,22 +125,24 @@ def test_shapes(shape: tuple[Any, ...], variant: str, dtype: str) -> None:
 @pytest.mark.parametrize("left", [-1, 0, 1, 63, 64, 200, 2**62])
 @pytest.mark.parametrize("offset", [None, 0, 60, -50, 2**62, -(2**62)])
 def test_window_and_causality(offset: int | None, left: int, variant: str) -> None:
-    arrays = inputs((), 1, 2, 130, 190, 8, 8, "float32")
-    bounded = None if offset is None else max(-1000, min(1000, offset))
-    if offset is None or abs(offset) < 1000:
-        truth = expected(*arrays, variant=variant, offset=bounded, left=left)
-    else:  # the first key of the window lies with the offset, out of sight
-        nothing = offset < 0 or left < 2**61
-        keys = np.zeros((130, 190), bool) if nothing and (offset < 0 or left >= 0) else None
-        truth = expected(*arrays, variant=variant, mask=keys)
-    assert_close(attention(*arrays, variant=variant, offset=offset, left=left), truth)
+    arrays = inputs((), 1, 2, 130, 190, 8, 8, "float64")
+    truth = expected(*arrays, variant=variant, offset=offset, left=left)
+    # A query that sees one key has the gradient 0 as a difference of two terms of the size 1 / |x|.
+    assert_close(attention(*arrays, variant=variant, offset=offset, left=left), truth, roundings=2**16)
 
 
 @variants
-@pytest.mark.parametrize("bias_shape", [(2, 4, 70, 90), (4, 70, 90), (1, 1, 70, 90), (2, 1, 1, 90), (4, 70, 1), (90,), (1,)])
+@pytest.mark.parametrize(
+    "bias_shape", [(2, 4, 70, 90), (4, 70, 90), (1, 1, 70, 90), (2, 1, 1, 90), (4, 70, 1), (90,), (1,)]
+)
 def test_gradient_of_a_broadcast_bias(bias_shape: tuple[int, ...], variant: str) -> None:
     arrays = inputs((2,), 2, 2, 70, 90, 8, 12, "float64")
-    options: dict[str, Any] = {"variant": variant, "bias": draw(*bias_shape, dtype="float64", seed=4), "offset": 20, "left": 30}
+    options: dict[str, Any] = {
+        "variant": variant,
+        "bias": draw(*bias_shape, dtype="float64", seed=4),
+        "offset": 20,
+        "left": 30,
+    }
     assert_close(attention(*arrays, **options), expected(*arrays, **options))
 
 
@@ -152,7 +156,7 @@ def test_what_is_masked_has_no_influence(dtype: str) -> None:
     for a in (k, v):
         a[1, :, 5] = NAN
         a[0, :, 80] = np.inf
-    bias = np.where(mask, draw(2, 2, 70, 90, dtype=dtype, seed=6), numpy_dtype(dtype)(NAN))
+    bias = np.where(mask, draw(2, 2, 70, 90, dtype=dtype, seed=6), numpy_dtype(dtype).type(NAN))
     clean = [np.where(np.isfinite(a), a, 0).astype(a.dtype) for a in (q, k, v, do, bias)]
     got = attention(q, k, v, do, bias=bias, mask=mask)
     assert all(np.isfinite(a.astype(np.float32)).all() for a in got)
