@@ -63,8 +63,11 @@ def sa_attention(
     dtype = q.dtype
     q, k, v = _widened(bias, q, k, v)
     o = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    arrays = [_array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o)]
-    c_api.attention(dtype_name(q), variant, _offset(q, k, is_causal, q_offset), -1, scale, *arrays, _THREADS)
+    offset = _offset(q, k, is_causal, q_offset)
+    c_api.attention(
+        dtype_name(q), variant, offset, -1, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), _THREADS,
+    )  # fmt: skip
     return o.astype(dtype, copy=False)
 
 
@@ -89,9 +92,12 @@ def sa_attention_vjp(
     q, k, v, do = _widened(bias, q, k, v, do)
     dq, dk, dv = (np.empty(a.shape, a.dtype) for a in (q, k, v))
     dbias = None if bias is None else np.empty(bias.shape, bias.dtype)
-    arrays = [_array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do)]
-    arrays += [_array(dq), _array(dk), _array(dv), _optional(dbias)]
-    c_api.attention_vjp(dtype_name(q), variant, _offset(q, k, is_causal, q_offset), -1, scale, *arrays, _THREADS)
+    offset = _offset(q, k, is_causal, q_offset)
+    c_api.attention_vjp(
+        dtype_name(q), variant, offset, -1, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
+        _array(dq), _array(dk), _array(dv), _optional(dbias), _THREADS,
+    )  # fmt: skip
     dq, dk, dv = (a.astype(dtype, copy=False) for a in (dq, dk, dv))
     return dq, dk, dv, dbias
 

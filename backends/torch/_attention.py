@@ -140,9 +140,8 @@ class _AttentionVjp(Function):
             given = compose_vjp(q, k, v, bias[0] if bias else None, mask, do, ctx.offset, ctx.scale, ctx.variant)
             return tuple(x for x in given if x is not None)
 
-        values, pull_back = torch.func.vjp(gradients, *inputs)
-        cotangents = (torch.zeros_like(x) if t is None else t for x, t in zip(values, tangents, strict=False))
-        dq, dk, dv, ddo, *dbias = pull_back(tuple(cotangents))
+        pull_back = torch.func.vjp(gradients, *inputs)[1]
+        dq, dk, dv, ddo, *dbias = pull_back(tuple(t for t in tangents if t is not None))
         return dq, dk, dv, dbias[0] if dbias else None, None, ddo, None, None, None, None, None
 
 
