@@ -26,7 +26,9 @@ def main(stage: str) -> None:
         subprocess.run([*command, "backends"], check=True)
         subprocess.run([*command, "conformance", "--backend", "numpy"], check=True)
     else:
-        subprocess.run([*command, "conformance", "--backend", "onnxruntime"], check=True)
+        assert sa_softmax.backends.numpy.implementation().startswith("native "), "the kernels must run"
+        for backend in ("numpy", "onnxruntime"):
+            subprocess.run([*command, "conformance", "--backend", backend], check=True)
     print(f"wheel, {stage}: 1 passed, 0 failed")
 
 

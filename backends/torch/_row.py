@@ -27,9 +27,14 @@ def apply(function: type[Function], compose: Any, *args: Any) -> Any:
     if forward_ad._current_level >= 0:
         return compose(*args)
     # Under torch.func, Dynamo traces the forward of a Function and forgets its backward.
-    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and _in_functorch():
         return compose(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def compose(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

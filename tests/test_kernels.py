@@ -1,0 +1,307 @@
+"""The kernels of sa-softmax-native behind NumPy and PyTorch: which run where, how exact they are, threads and forks."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from support import FLOATS, VARIANTS, numpy_dtype
+
+from sa_softmax import reference
+
+c_api: Any = pytest.importorskip("sa_softmax_native.c_api", reason="needs pip install ./backends/native")
+
+from sa_softmax.backends import numpy as door  # noqa: E402
+from sa_softmax.backends.numpy import _native  # noqa: E402
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+Array = np.ndarray[Any, Any]
+
+if door.functions is reference:
+    pytest.skip("SA_SOFTMAX_IMPLEMENTATION=composition", allow_module_level=True)
+
+
+def randn(*shape: int, dtype: str = "float32", seed: int = 0, scale: float = 3) -> Array:
+    return np.asarray(scale * np.random.default_rng(seed).standard_normal(shape)).astype(numpy_dtype(dtype))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+# Which implementation runs.
+
+
+def test_the_kernels_run_and_say_so() -> None:
+    assert door.implementation() == f"native {c_api.instruction_set()}"
+    assert door.functions is _native
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "expected"),
+    [
+        ({"SA_SOFTMAX_IMPLEMENTATION": "composition"}, "", "reference composition"),
+        ({"SA_SOFTMAX_IMPLEMENTATION": "native"}, "", "native native"),
+        ({"SA_SOFTMAX_IMPLEMENTATION": "fast"}, "", "must be 'native' or 'composition'; got 'fast'"),
+        ({"SA_SOFTMAX_IMPLEMENTATION": "native"}, "sys.modules['sa_softmax_native'] = None", "pip install sa-softmax"),
+        ({}, "sys.modules['sa_softmax_native'] = None", "reference composition"),
+        ({"SA_SOFTMAX_INSTRUCTION_SET": "x87"}, "", "must name what this processor runs"),
+        ({"SA_SOFTMAX_NUM_THREADS": "0"}, "", "SA_SOFTMAX_NUM_THREADS must be an integer of at least 1; got '0'"),
+    ],
+)
+def test_choices_by_environment(environment: dict[str, str], code: str, expected: str) -> None:
+    pytest.importorskip("torch")
+    ran = python(
+        f"import sys; {code}\nfrom sa_softmax.backends import numpy, torch\n"
+        "print(numpy.implementation().split()[0], torch.implementation('cpu').split()[0])",
+        **environment,
+    )
+    assert expected in (ran.stdout if ran.returncode == 0 else ran.stderr)
+
+
+CHECK_LEVEL = """
+import sys
+from sa_softmax.conformance import execute
+from sa_softmax.backends import numpy as door
+from sa_softmax.backends.numpy.adapter import Adapter
+if door.implementation() != "native " + sys.argv[1]:
+    sys.exit(door.implementation() + " ran")
+groups = "row.corner row.ties row.where row.layout row.independence attention.shape attention.causal".split()
+ran = [
+    result for result in execute(Adapter(), progress=lambda cases: [c for c in cases if c.id.split("/")[0] in groups])
+]
+failed = [result for result in ran if result.status != "passed"]
+print(len(ran), "cases,", len(failed), "failed", *failed[:3], sep=" ")
+sys.exit(bool(failed) or len(ran) < 1000)
+"""
+
+
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"])
+def test_every_instruction_set_conforms_and_is_exact(level: str) -> None:
+    """The proof that it ran is part of the check."""
+    environment = os.environ | {"SA_SOFTMAX_INSTRUCTION_SET": level, "SA_SOFTMAX_IMPLEMENTATION": "native"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+    ran = run("-c", CHECK_LEVEL, level)
+    if "must name what this processor runs" in ran.stderr:
+        pytest.skip(f"this processor or build has no {level}")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "ulp or layouts or place")
+    assert ran.returncode == 0, ran.stdout
+
+
+# Exactness.
+
+
+@variants
+@pytest.mark.parametrize("n", [5, 16, 100, 1024, 5000])
+def test_values_are_within_8_ulp_at_any_scale(n: int, variant: str) -> None:
+    """ULP of the exact value, in float64: 29 bits more, and x - max is exact there."""
+    for scale in (1e-3, 1e-1, 1, 10, 100, 1e3):
+        x = randn(16, n, seed=n, scale=scale)
+        exact = reference.sa_softmax(x.astype(np.float64), variant=variant)
+        y = door.sa_softmax(x, variant=variant)
+        # Where p is below the normal numbers, 0 is right (D5).
+        size = np.abs(x) if variant == "product" else 1
+        counted = np.abs(exact) > 4 * float(np.finfo(np.float32).tiny) * np.maximum(1, size)
+        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        assert (np.abs(y - exact) <= 8 * ulp)[counted].all(), scale
+
+
+# Layouts, and the bits of a row wherever it lies.
+
+
+def unaligned(x: Array) -> Array:
+    """A field of packed records."""
+    records = np.zeros(x.shape, np.dtype([("flag", np.uint8), ("x", x.dtype)]))
+    records["x"] = x
+    return records["x"]
+
+
+LAYOUTS: dict[str, Any] = {
+    "transposed": lambda x: np.asfortranarray(x),
+    "reversed": lambda x: x[:, ::-1].copy()[:, ::-1],
+    "strided": lambda x: np.repeat(np.repeat(x, 2, 0), 3, 1)[::2, ::3],
+    "rows apart": lambda x: np.repeat(x, 2, 0)[::2],
+    "offset": lambda x: np.concatenate([x[:, :1], x], 1)[:, 1:],
+    "unaligned": unaligned,
+    "read only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+}
+
+
+@variants
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_bits(layout: str, dtype: str, variant: str) -> None:
+    x, g = randn(7, 37, dtype=dtype), randn(7, 37, dtype=dtype, seed=1)
+    where = np.random.default_rng(2).random(x.shape) < 0.7
+    laid = LAYOUTS[layout]
+    assert np.array_equal(laid(x), x)
+    for mask, laid_mask in ((None, None), (where, laid(where))):
+        for axis in (0, 1):
+            options: dict[str, Any] = {"axis": axis, "variant": variant}
+            y = door.sa_softmax(x, where=mask, **options)
+            np.testing.assert_array_equal(door.sa_softmax(laid(x), where=laid_mask, **options), y)
+            dx = _native.sa_softmax_vjp(x, g, where=mask, **options)
+            np.testing.assert_array_equal(_native.sa_softmax_vjp(laid(x), laid(g), where=laid_mask, **options), dx)
+
+
+@variants
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1000, 1024])
+def test_bits_do_not_depend_on_place_or_size(n: int, dtype: str, variant: str) -> None:
+    """The large array is written past the caches, on several threads; one row is not."""
+    rows = (1 << 23) // (n * numpy_dtype(dtype).itemsize) + 2
+    x = np.resize(randn(50, n, dtype=dtype), (rows, n))
+    g = np.resize(randn(50, n, dtype=dtype, seed=1), (rows, n))
+    y, dx = door.sa_softmax(x, variant=variant), _native.sa_softmax_vjp(x, g, variant=variant)
+    for i in (0, 1, 33, rows - 1):
+        row = slice(i, i + 1)
+        assert door.sa_softmax(x[row], variant=variant).tobytes() == y[row].tobytes()
+        assert _native.sa_softmax_vjp(x[row], g[row], variant=variant).tobytes() == dx[row].tobytes()
+    assert y[:50].tobytes() == y[50:100].tobytes()
+    assert dx[:50].tobytes() == dx[50:100].tobytes()
+
+
+def test_subclasses_come_back_as_arrays_and_broadcast_ones_whole() -> None:
+    class Tagged(np.ndarray[Any, Any]):
+        pass
+
+    x = randn(3, 5)
+    y = door.sa_softmax(x.view(Tagged))
+    assert type(y) is np.ndarray
+    repeated = door.sa_softmax(np.broadcast_to(x[0], (4, 5)))
+    np.testing.assert_array_equal(repeated, np.repeat(y[:1], 4, 0))
+
+
+def test_attention_takes_a_bias_in_the_compute_dtype_and_any_offset() -> None:
+    q, k, v = (randn(2, 6, 8, dtype="float16", seed=i, scale=1) for i in range(3))
+    bias = randn(6, 6, seed=3)
+    for offset in (0, 2, 2**70, -(2**70)):
+        options: dict[str, Any] = {"bias": bias, "is_causal": True, "q_offset": offset}
+        o = door.sa_attention(q, k, v, **options)
+        clipped = reference.sa_attention(q, k, v, bias=bias, is_causal=True, q_offset=max(-6, min(offset, 6)))
+        np.testing.assert_allclose(o.astype(float), clipped.astype(float), rtol=2e-3, atol=1e-3)
+
+
+# Errors of the C interface.
+
+
+def test_wrong_calls_of_the_c_interface_are_refused() -> None:
+    x = randn(3, 4)
+
+    def array(shape: tuple[int, ...] = (3, 4), strides: tuple[int, ...] = (4, 1)) -> Any:
+        return c_api.array(x.ctypes.data, shape, strides)
+
+    for message, arguments in {
+        "threads must be at least 1; got 0": (0, array(), None, array(), 0),
+        "axis must be in": (2, array(), None, array(), 1),
+        "x must be given": (0, None, None, array(), 1),
+        "y must have the shape of x": (0, array(), None, array((4, 3)), 1),
+        "must not repeat along an axis": (0, array(), None, array(strides=(0, 1)), 1),
+        "must not have a negative length": (0, array((-3, 4)), None, array((-3, 4)), 1),
+        "must have data": (0, c_api.array(0, (3, 4), (4, 1)), None, array(), 1),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            c_api.row("float32", "normalized", *arguments)
+
+
+# Threads and processes.
+
+
+def test_many_callers_at_once_and_any_thread_count_give_the_same_bits() -> None:
+    x = randn(500, 700)
+    expected = door.sa_softmax(x)
+
+    def call(threads: int) -> bool:
+        y = np.empty_like(x)
+        arrays = [c_api.array(a.ctypes.data, a.shape, (700, 1)) for a in (x, y)]
+        c_api.row("float32", "normalized", 1, arrays[0], None, arrays[1], threads)
+        return y.tobytes() == expected.tobytes()
+
+    with ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(call, [1, 2, 3, 8, 64] * 12))
+
+
+FORKS = """
+import os, threading
+import numpy as np
+from sa_softmax.backends import numpy as door
+x = np.random.default_rng(0).standard_normal((500, 700)).astype(np.float32)
+expected = door.sa_softmax(x).tobytes()
+stop = threading.Event()
+def hammer():
+    while not stop.is_set():
+        door.sa_softmax(x)
+for _ in range(2):
+    threading.Thread(target=hammer, daemon=True).start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        same = all(door.sa_softmax(x).tobytes() == expected for _ in range(3))
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+assert door.sa_softmax(x).tobytes() == expected
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_children_of_busy_threads_compute() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS],
+        env=os.environ | {"SA_SOFTMAX_NUM_THREADS": "4"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_idle_pool_does_not_spin_and_does_not_hold_up_the_exit() -> None:
+    ran = python(
+        "import time, numpy as np\nfrom sa_softmax.backends import numpy as door\n"
+        "door.sa_softmax(np.ones((500, 700), np.float32))\n"
+        "before = time.process_time(); time.sleep(1); print(time.process_time() - before)",
+        SA_SOFTMAX_NUM_THREADS="4",
+    )
+    assert float(ran.stdout) < 0.2
+
+
+# PyTorch.
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@variants
+def test_operators_of_torch_meet_its_contract(variant: str) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.library import opcheck
+
+    from sa_softmax.backends import torch as torch_door
+
+    assert torch_door.implementation("cpu") == door.implementation()
+    x, where = torch.randn(3, 4, 5), torch.rand(4, 1) > 0.3
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+    operators = torch.ops.sa_softmax
+    checks = ("test_schema", "test_faketensor")
+    for given in (x, x.mT, x[:, ::2], x[:1].expand(3, 4, 5)):
+        mask = where[:: 4 // given.shape[1]] if given.shape[1] in (2, 4) else None
+        opcheck(operators.row, (given, mask, 1, variant), test_utils=checks)
+        opcheck(operators.row_vjp, (given, torch.randn(given.shape), mask, 2, variant), test_utils=checks)
+    compiled: list[str] = []
+
+    def show(graph: Any, _: Any) -> Any:
+        compiled.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(lambda x: torch_door.sa_softmax(x, variant=variant), backend=show, fullgraph=True)(x)
+    assert "sa_softmax.row.default" in compiled or "sa_softmax.row" in compiled
+    o = torch_door.sa_attention(q, k, v, variant=variant)
+    np.testing.assert_allclose(
+        o.numpy(), reference.sa_attention(q.numpy(), k.numpy(), v.numpy(), variant=variant), rtol=1e-4, atol=1e-4
+    )
+    with torch.inference_mode():
+        assert torch.equal(torch_door.sa_softmax(x, variant=variant), torch.ops.sa_softmax.row(x, None, 2, variant))
