@@ -8,8 +8,8 @@ import numpy.typing as npt
 from sa_softmax_native import c_api
 
 from sa_softmax import reference
-from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_softmax, dtype_name
-from sa_softmax.reference import _NUMPY, sa_attention_vjp
+from sa_softmax._validate import check_attention, check_softmax, dtype_name
+from sa_softmax.reference import _NUMPY
 
 __all__ = ["sa_attention", "sa_attention_vjp", "sa_softmax", "sa_softmax_vjp"]
 
@@ -61,20 +61,59 @@ def sa_attention(
         variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
     )  # fmt: skip
     dtype = q.dtype
-    if bias is not None and bias.dtype != dtype:
-        # A bias in the compute dtype: all is widened, and the result rounded once.
-        q, k, v = (a.astype(COMPUTE_DTYPE[dtype_name(a)]) for a in (q, k, v))
+    q, k, v = _widened(bias, q, k, v)
     o = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    offset = max(-q.shape[-2], min(q_offset, k.shape[-2])) if is_causal else None
+    offset = _offset(q, k, is_causal, q_offset)
     c_api.attention(
-        dtype_name(q), variant, offset, scale,
+        dtype_name(q), variant, offset, -1, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), _THREADS,
     )  # fmt: skip
     return o.astype(dtype, copy=False)
 
 
-for _function in (sa_softmax, sa_softmax_vjp, sa_attention):
+def sa_attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    *,
+    variant: str = "normalized",
+    bias: Array | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    scale = check_attention(
+        _NUMPY, q, k, v,
+        variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale, do=do,
+    )  # fmt: skip
+    dtype = q.dtype
+    q, k, v, do = _widened(bias, q, k, v, do)
+    dq, dk, dv = (np.empty(a.shape, a.dtype) for a in (q, k, v))
+    dbias = None if bias is None else np.empty(bias.shape, bias.dtype)
+    offset = _offset(q, k, is_causal, q_offset)
+    c_api.attention_vjp(
+        dtype_name(q), variant, offset, -1, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
+        _array(dq), _array(dk), _array(dv), _optional(dbias), _THREADS,
+    )  # fmt: skip
+    dq, dk, dv = (a.astype(dtype, copy=False) for a in (dq, dk, dv))
+    return dq, dk, dv, dbias
+
+
+for _function in (sa_softmax, sa_softmax_vjp, sa_attention, sa_attention_vjp):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__
+
+
+def _widened(bias: Array | None, *arrays: Array) -> tuple[Array, ...]:
+    """``arrays`` in the dtype of ``bias``: a wider one widens all, and the result is rounded once."""
+    return arrays if bias is None else tuple(a.astype(bias.dtype, copy=False) for a in arrays)
+
+
+def _offset(q: Array, k: Array, is_causal: bool, q_offset: int) -> int | None:
+    """That of the causal mask, None without one; beyond these bounds it changes nothing, and any integer may come."""
+    return max(-q.shape[-2], min(q_offset, k.shape[-2])) if is_causal else None
 
 
 def _array(a: Array) -> Any:

@@ -80,7 +80,7 @@ def _fake_attention_vjp(
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dbias = None if bias is None else bias.new_empty(bias.shape)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def empty_attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,25 @@ def _vmap_attention(
     return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, left, scale, variant), (0, 0)
 
 
+def _vmap_attention_vjp(
+    info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    o: Tensor, stats: Tensor, do: Tensor, offset: int | None, left: int, scale: float, variant: str,
+) -> Any:  # fmt: skip
+    rank = _rank(q, dims[0])
+    if bias is not None:
+        bias = _batched(info.batch_size, bias, dims[3])  # a gradient for each, whether the bias is batched or not
+    shape = None if bias is None else bias.shape
+    bias, mask = _batched_option(bias, 0, rank), _batched_option(mask, dims[4], rank)
+    q, k, v = (_batched(info.batch_size, x, dim) for x, dim in zip((q, k, v), dims, strict=False))
+    o, stats, do = (_batched(info.batch_size, x, dim) for x, dim in zip((o, stats, do), dims[5:], strict=False))
+    dq, dk, dv, dbias = torch.ops.sa_softmax.attention_vjp(
+        q, k, v, bias, mask, o, stats, do, offset, left, scale, variant
+    )
+    dbias = None if dbias is None else dbias.reshape(shape)
+    return (dq, dk, dv, dbias), (0, 0, 0, None if dbias is None else 0)
+
+
 for _name in SCHEMAS:
     torch.library.register_fake(f"sa_softmax::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-for _name in ("row", "row_vjp", "attention"):
+for _name in SCHEMAS:
     torch.library.register_vmap(f"sa_softmax::{_name}", globals()[f"_vmap_{_name}"], lib=_LIBRARY)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sa_softmax.backends.torch._kernels import empty_attention
 
-__all__ = ["attention", "row", "row_vjp"]
+__all__ = ["attention", "attention_vjp", "row", "row_vjp"]
 
 _NAMES = {
     torch.float16: "float16",
@@ -37,10 +37,25 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     o, stats = empty_attention(q, v)
     c_api.attention(
-        _NAMES[q.dtype], variant, offset, scale,
+        _NAMES[q.dtype], variant, offset, left, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), torch.get_num_threads(),
     )  # fmt: skip
     return o, stats
+
+
+def attention_vjp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
+    offset: int | None, left: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The kernel computes the scores again: it reads neither ``o`` nor ``stats``."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dbias = None if bias is None else bias.new_empty(bias.shape)
+    c_api.attention_vjp(
+        _NAMES[q.dtype], variant, offset, left, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
+        _array(dq), _array(dk), _array(dv), _optional(dbias), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv, dbias
 
 
 def _array(x: Tensor) -> Any:

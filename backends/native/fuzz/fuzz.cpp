@@ -66,7 +66,7 @@ void encode(DType dtype, double value, void* p) {
     std::memcpy(p, &value, 8);
     return;
   }
-  const float f = float(std::fmin(std::fmax(value, -DBL_MAX), DBL_MAX));
+  const float f = std::isnan(value) ? NAN : float(std::fmin(std::fmax(value, -DBL_MAX), DBL_MAX));
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   if (dtype == DType::bfloat16) bits >>= 16;
@@ -182,7 +182,7 @@ struct Row {
   std::vector<Real> y, y_error, dx, dx_error;
 };
 Row row(const std::vector<Real>& x, const std::vector<Real>& g, const std::vector<char>& on, Variant variant, Real tiny,
-        const std::vector<Real>& ex) {
+        const std::vector<Real>& ex, const std::vector<Real>& eg, Real unit) {
   const size_t n = x.size();
   const Real zero = 0;
   Row out{std::vector<Real>(n, 0), std::vector<Real>(n, 0), std::vector<Real>(n, 0), std::vector<Real>(n, 0)};
@@ -216,7 +216,11 @@ Row row(const std::vector<Real>& x, const std::vector<Real>& g, const std::vecto
     p_error[i] = (p[i] > 0 ? p[i] * (stretch[i] + spread + 2 + root) : 0) + tiny;
   const Real lo = variant == Variant::normalized ? std::fmin(low, zero) : 0;
   const Real R = variant == Variant::normalized ? std::fmax(high, zero) - lo : 1;
-  if (R == 0) return out;
+  if (R == 0) {
+    for (size_t i = 0; i < n; ++i)
+      if (on[i] && std::any_of(g.begin(), g.end(), [](Real up) { return std::isnan(up); })) out.dx[i] = NAN;
+    return out;
+  }
   ex_low = low < 0 ? ex_low : 0, ex_high = high > 0 ? ex_high : 0;
   Real D = 0, D_error = 0, D_size = 0, S = 0, S_error = 0, S_size = 0, ties_low = 0, ties_high = 0;
   std::vector<Real> a(n, 0), a_error(n, 0);
@@ -228,25 +232,39 @@ Row row(const std::vector<Real>& x, const std::vector<Real>& g, const std::vecto
                      : (ex[i] + ex_low + a[i] * (ex_low + ex_high)) / R + 3 * (std::fabs(x[i]) + std::fabs(lo)) / R;
     out.y[i] = a[i] * p[i];
     out.y_error[i] = std::fabs(a[i]) * p_error[i] + p[i] * a_error[i] + std::fabs(out.y[i]);
-    D += g[i] * out.y[i], D_error += std::fabs(g[i]) * out.y_error[i], D_size += std::fabs(g[i] * out.y[i]);
-    S += g[i] * p[i], S_error += std::fabs(g[i]) * p_error[i], S_size += std::fabs(g[i] * p[i]);
+    D += g[i] * out.y[i], D_error += std::fabs(g[i]) * out.y_error[i] + std::fabs(out.y[i]) * eg[i], D_size += std::fabs(g[i] * out.y[i]);
+    S += g[i] * p[i], S_error += std::fabs(g[i]) * p_error[i] + p[i] * eg[i], S_size += std::fabs(g[i] * p[i]);
     ties_low += x[i] == low, ties_high += x[i] == high;
   }
   D_error += root * D_size, S_error += root * S_size;
+  const Real R_error = (ex_low + ex_high) / R;
+  // Scores that are not exact may be tied, or be 0, where these here are not: an extremal term may then go elsewhere.
+  const auto may_tie = [&](size_t i, Real extremum, Real ex_extremum) {
+    return ex[i] + ex_extremum > 0 && std::fabs(x[i] - extremum) <= 4 * unit * (ex[i] + ex_extremum);
+  };
+  const auto may_be_zero = [&](Real extremum, Real ex_extremum) { return std::fabs(extremum) <= 4 * unit * ex_extremum; };
+  Real close_low = 0, close_high = 0;
+  const Real ex_all = *std::max_element(ex.begin(), ex.end());
+  for (size_t i = 0; i < n; ++i) close_low += on[i] && may_tie(i, low, ex_all), close_high += on[i] && may_tie(i, high, ex_all);
   for (size_t i = 0; i < n; ++i) {
     if (!on[i]) continue;
     const Real ga = std::fabs(g[i] * a[i]), direct = std::fabs(g[i]) / R;
     out.dx[i] = p[i] * (g[i] * a[i] - D) + g[i] * p[i] / R;
     out.dx_error[i] = p_error[i] * (ga + std::fabs(D) + direct) +
-                      p[i] * (std::fabs(g[i]) * a_error[i] + D_error + 2 * (ga + std::fabs(D)) + 3 * direct);
+                      p[i] * (std::fabs(g[i]) * a_error[i] + D_error + 2 * (ga + std::fabs(D)) + 3 * direct) +
+                      p[i] * (std::fabs(a[i]) * eg[i] + direct * R_error + eg[i] / R);
     if (variant == Variant::product) continue;
     if (x[i] == low && low < 0) {
       out.dx[i] += (D - S) / R / ties_low;
-      out.dx_error[i] += (D_error + S_error + 2 * (std::fabs(D) + std::fabs(S))) / R / ties_low;
+      out.dx_error[i] += (D_error + S_error + (2 + R_error) * (std::fabs(D) + std::fabs(S))) / R / ties_low;
     }
+    if (close_low > 1 || may_be_zero(low, ex_all))
+      if (may_tie(i, low, ex_all)) out.dx_error[i] += (std::fabs(D) + std::fabs(S)) / R / unit;
+    if (close_high > 1 || may_be_zero(high, ex_all))
+      if (may_tie(i, high, ex_all)) out.dx_error[i] += std::fabs(D) / R / unit;
     if (x[i] == high && high > 0) {
       out.dx[i] -= D / R / ties_high;
-      out.dx_error[i] += (D_error + 2 * std::fabs(D)) / R / ties_high;
+      out.dx_error[i] += (D_error + (2 + R_error) * std::fabs(D)) / R / ties_high;
     }
   }
   return out;
@@ -366,7 +384,7 @@ void fuzz_row() {
       on[i] = xs[i] != -INFINITY && (!masked || *static_cast<unsigned char*>(where.at(index)) != 0);
     }
     const Format& f = format(dtype);
-    const Row r = row(xs, gs, on, options.variant, f.tiny_compute / f.unit_compute, exact);
+    const Row r = row(xs, gs, on, options.variant, f.tiny_compute / f.unit_compute, exact, exact, f.unit_compute);
     for (size_t i = 0; i < n; ++i) {
       index[axis] = int64_t(i);
       const Real got = decode(dtype, y.at(index));
@@ -377,12 +395,39 @@ void fuzz_row() {
   check_written(y, [](const Shape&) {});
 }
 
+// What is expected of one output, element by element in the order of each().
+struct Expected {
+  Shape shape;
+  std::vector<Real> value, error;
+  explicit Expected(Shape s) : shape(std::move(s)) {
+    int64_t count = 1;
+    for (const int64_t length : shape) count *= length;
+    value.resize(size_t(count)), error.resize(size_t(count));
+  }
+  // Adds a term at an index that broadcasting may have made longer.
+  void add(const Shape& index, Real term, Real its_error) {
+    size_t at = 0;
+    const size_t skip = index.size() - shape.size();
+    for (size_t i = 0; i < shape.size(); ++i) at = at * size_t(shape[i]) + (shape[i] == 1 ? 0 : size_t(index[skip + i]));
+    value[at] += term, error[at] += its_error;
+  }
+  void compare_with(DType dtype, Tensor& got, const char* name) const {
+    size_t at = 0;
+    each(shape, [&](const Shape& index) {
+      compare(dtype, decode(dtype, got.at(index)), value[at], error[at], name);
+      ++at;
+    });
+  }
+};
+
 void fuzz_attention() {
   const DType dtype = DType(below(4));
+  const bool vjp = chance(50);
   Shape batch = random_shape(size_t(below(3)), 4);
   const int64_t heads = 1 + below(3), group = chance(3) ? 0 : 1 + below(3);
   const auto length = [](int64_t most) { return chance(3) ? 0 : chance(10) ? 1 + below(most) : 1 + below(8); };
-  const int64_t tq = length(40), tk = length(chance(5) ? 600 : 90), d = length(chance(3) ? 600 : 20), dv = length(90);
+  const int64_t tq = length(chance(3) ? 1400 : 40), tk = length(chance(5) ? 600 : 90), d = length(chance(3) ? 600 : 20);
+  const int64_t dv = length(90);
   const auto shaped = [&](int64_t a, int64_t b, int64_t c) {
     Shape shape = batch;
     shape.insert(shape.end(), {a, b, c});
@@ -391,29 +436,37 @@ void fuzz_attention() {
   const Shape scores = shaped(heads * group, tq, tk);
   AttentionOptions options{dtype, Variant(below(2)), chance(40), 0, {}};
   if (options.is_causal && chance(60)) options.q_offset = chance(3) ? int64_t(random_bits()) : below(2 * (tk + tq + 1)) - tk - tq;
+  if (chance(25)) options.left = chance(3) ? int64_t(random_bits() >> 1) : below(tk + 3);
   if (d == 0 || chance(30)) options.scale = chance(20) ? 0.0 : 4 * uniform() - 2;
   const Values kind = chance(80) ? Values::moderate : Values::bounded;
+  const size_t size = format(dtype).bytes;
   Tensor q = numbers(shaped(heads * group, tq, d), dtype, Values::bounded), k = numbers(shaped(heads, tk, d), dtype, kind);
-  Tensor v = numbers(shaped(heads, tk, dv), dtype, Values::moderate), o(shaped(heads * group, tq, dv), format(dtype).bytes, true);
+  Tensor v = numbers(shaped(heads, tk, dv), dtype, Values::moderate), o(shaped(heads * group, tq, dv), size, true);
+  Tensor o_grad = numbers(o.array.shape, dtype, Values::bounded);
   Tensor bias = numbers(smaller(scores), dtype, Values::moderate), mask = booleans(smaller(scores));
-  const bool biased = chance(40), masked = chance(50);
+  Tensor q_grad(q.array.shape, size, true), k_grad(k.array.shape, size, true), v_grad(v.array.shape, size, true);
+  Tensor bias_grad(bias.array.shape, size, true);
+  const bool biased = chance(40), masked = chance(50), wants_bias = chance(80);
   // What is not finite, here and there.
-  for (Tensor* const t : {&q, &k, &v, &bias})
+  for (Tensor* const t : {&q, &k, &v, &bias, &o_grad})
     if (chance(10) && !t->bytes.empty())
       each(t->array.shape, [&](const Shape& index) {
         static const double special[] = {NAN, INFINITY, -INFINITY};
-        if (chance(3)) encode(dtype, special[t == &v ? below(3) : t == &bias && chance(70) ? 2 : 0], t->at(index));
+        // What an infinite value does to a gradient is not specified.
+        if (chance(3)) encode(dtype, special[t == &v && !vjp ? below(3) : t == &bias && chance(70) ? 2 : 0], t->at(index));
       });
-  o.before = o.bytes;
-  call_text = "attention batch " + text(batch) + " heads " + std::to_string(heads) + " group " + std::to_string(group) +
-              " tq " + std::to_string(tq) + " tk " + std::to_string(tk) + " d " + std::to_string(d) + " dv " + std::to_string(dv) +
-              " dtype " + std::to_string(int(dtype)) + " variant " + std::to_string(int(options.variant)) + " causal " +
-              std::to_string(options.is_causal) + " offset " + std::to_string(options.q_offset) + " biased " +
+  for (Tensor* const t : {&o, &q_grad, &k_grad, &v_grad, &bias_grad}) t->before = t->bytes;
+  call_text = std::string(vjp ? "attention_vjp" : "attention") + " batch " + text(batch) + " heads " + std::to_string(heads) +
+              " group " + std::to_string(group) + " tq " + std::to_string(tq) + " tk " + std::to_string(tk) + " d " +
+              std::to_string(d) + " dv " + std::to_string(dv) + " dtype " + std::to_string(int(dtype)) + " variant " +
+              std::to_string(int(options.variant)) + " causal " + std::to_string(options.is_causal) + " offset " +
+              std::to_string(options.q_offset) + " left " + std::to_string(options.left) + " biased " +
               std::to_string(biased) + text(bias.array.shape) + " masked " + std::to_string(masked) + text(mask.array.shape);
 
   const bool wrong = chance(10);
   const size_t b = batch.size();
-  if (wrong) switch (below(9)) {
+  Tensor& output = vjp ? v_grad : o;
+  if (wrong) switch (below(10)) {
       case 0: options.scale = chance(50) ? NAN : INFINITY; break;
       case 1: options.is_causal = false, options.q_offset = 1; break;
       case 2: k.array.shape[b + 2] += 1; break;
@@ -421,12 +474,19 @@ void fuzz_attention() {
       case 4: k.array.shape[b] = v.array.shape[b] = 0; break;
       case 5: q.array.shape[b] = heads * group + 1, k.array.shape[b] = v.array.shape[b] = heads + 1 + heads * group; break;
       case 6: v.array.shape.insert(v.array.shape.begin(), 1), v.array.strides.insert(v.array.strides.begin(), 1); break;
-      case 7: o.array.shape[b + 1] += 1; break;
+      case 7: output.array.shape[b + 1] += 1; break;
       case 8: options.variant = Variant(7); break;
+      case 9: options.left = -2 - below(5); break;
     }
   bool refused = false;
   try {
-    attention(options, q.array, k.array, v.array, biased ? &bias.array : nullptr, masked ? &mask.array : nullptr, o.array, kParallel);
+    const Array* const bias_array = biased ? &bias.array : nullptr;
+    const Array* const mask_array = masked ? &mask.array : nullptr;
+    if (vjp)
+      attention_vjp(options, q.array, k.array, v.array, bias_array, mask_array, o_grad.array, q_grad.array, k_grad.array,
+                    v_grad.array, biased && wants_bias ? &bias_grad.array : nullptr, kParallel);
+    else
+      attention(options, q.array, k.array, v.array, bias_array, mask_array, o.array, kParallel);
   } catch (const Error&) {
     refused = true;
   }
@@ -437,48 +497,69 @@ void fuzz_attention() {
   if (refused) fail("a right call was refused");
   const Format& f = format(dtype);
   const Real scale = options.scale ? Real(*options.scale) : 1 / std::sqrt(Real(d));
-  const Real root_d = std::sqrt(Real(d)) + 2, root_k = std::sqrt(Real(std::max<int64_t>(tk, 1))) + 1;
-  Shape queries = shaped(heads * group, tq, 1);
+  const auto root = [](int64_t n) { return std::sqrt(Real(std::max<int64_t>(n, 1))) + 1; };
+  const Real root_d = root(d) + 1, root_dv = root(dv) + 1, root_k = root(tk), root_q = root(tq * std::max<int64_t>(group, 1));
+  Expected o_expected(o.array.shape), q_expected(q.array.shape), k_expected(k.array.shape), v_expected(v.array.shape);
+  Expected bias_expected(bias.array.shape);
+  const Real root_copies = root(int64_t(o_expected.value.size()) * tk);  // at least the summands of a bias gradient
+  // A10: the weights of bfloat16 may be rounded to it.
+  const Real rounded = dtype == DType::bfloat16 ? f.unit / f.unit_compute / 4 : 0;
+  const auto finite = [](Real value) { return std::isfinite(value) ? value : Real(0); };
   const size_t n = size_t(tk);
-  if (dv > 0)
-    each(queries, [&](const Shape& query) {
-      const int64_t i = query[b + 1];
-      std::vector<Real> x(n, 0), ex(n, 0), zeros(n, 0);
-      std::vector<char> on(n, 0);
-      Shape key = query, score = query;
-      key[b] = query[b] / group;
-      for (size_t j = 0; j < n; ++j) {
-        score[b + 2] = key[b + 1] = int64_t(j);
-        on[j] = !options.is_causal || Real(j) <= Real(i) + Real(options.q_offset);
-        if (masked) on[j] = on[j] && *static_cast<unsigned char*>(mask.at(score)) != 0;
-        if (!on[j]) continue;
-        Shape qi = query, ki = key;
-        for (int64_t e = 0; e < d; ++e) {
-          qi[b + 2] = ki[b + 2] = e;
-          const Real term = scale * decode(dtype, q.at(qi)) * decode(dtype, k.at(ki));
-          x[j] += term, ex[j] += root_d * std::fabs(term);
-        }
-        if (biased) x[j] += decode(dtype, bias.at(score)), ex[j] += std::fabs(x[j]) + std::fabs(decode(dtype, bias.at(score)));
-        on[j] = x[j] != -INFINITY;
-        if (!on[j] || !std::isfinite(x[j])) ex[j] = 0;
+  each(shaped(heads * group, tq, 1), [&](const Shape& query) {
+    const int64_t i = query[b + 1];
+    std::vector<Real> x(n, 0), ex(n, 0), g(n, 0), eg(n, 0);
+    std::vector<char> on(n, 0);
+    Shape key = query, score = query, at = query;
+    key[b] = query[b] / group;
+    const auto indexed = [&](Shape& index, int64_t last) -> const Shape& { return index[b + 2] = last, index; };
+    for (size_t j = 0; j < n; ++j) {
+      score[b + 2] = key[b + 1] = int64_t(j);
+      on[j] = !options.is_causal || Real(j) <= Real(i) + Real(options.q_offset);
+      if (options.left >= 0) on[j] = on[j] && Real(j) >= Real(i) + Real(options.q_offset) - Real(options.left);
+      if (masked) on[j] = on[j] && *static_cast<unsigned char*>(mask.at(score)) != 0;
+      if (!on[j]) continue;
+      for (int64_t e = 0; e < d; ++e) {
+        const Real term = scale * decode(dtype, q.at(indexed(at, e))) * decode(dtype, k.at(indexed(key, e)));
+        x[j] += term, ex[j] += root_d * std::fabs(term);
       }
-      const Row r = row(x, zeros, on, options.variant, f.tiny_compute / f.unit_compute, ex);
+      if (biased) x[j] += decode(dtype, bias.at(score)), ex[j] += std::fabs(x[j]) + std::fabs(decode(dtype, bias.at(score)));
+      on[j] = x[j] != -INFINITY;
+      if (!on[j] || !std::isfinite(x[j])) ex[j] = 0;
+      if (vjp && on[j])
+        for (int64_t c = 0; c < dv; ++c) {
+          const Real term = decode(dtype, o_grad.at(indexed(at, c))) * decode(dtype, v.at(indexed(key, c)));
+          g[j] += term, eg[j] += root_dv * std::fabs(term);
+        }
+    }
+    const Row r = row(x, g, on, options.variant, f.tiny_compute / f.unit_compute, ex, eg, f.unit_compute);
+    for (size_t j = 0; j < n; ++j) {
+      if (!on[j]) continue;
+      score[b + 2] = key[b + 1] = int64_t(j);
+      const Real y = r.y[j], y_error = r.y_error[j], dx = r.dx[j], dx_error = r.dx_error[j];
       for (int64_t c = 0; c < dv; ++c) {
-        Real expected = 0, error = 0;
-        bool poisoned = false;
-        Shape vi = key, oi = query;
-        vi[b + 2] = oi[b + 2] = c;
-        for (size_t j = 0; j < n; ++j) {
-          if (!on[j]) continue;
-          vi[b + 1] = int64_t(j);
-          const Real value = decode(dtype, v.at(vi));
-          poisoned = poisoned || !std::isfinite(value) || std::isnan(r.y[j]);
-          expected += r.y[j] * value, error += std::fabs(value) * (r.y_error[j] + std::fabs(r.y[j]) * root_k);
-        }
-        compare(dtype, decode(dtype, o.at(oi)), poisoned ? Real(NAN) : expected, error, "o");
+        const Real value = decode(dtype, v.at(indexed(key, c))), up = decode(dtype, o_grad.at(indexed(at, c)));
+        o_expected.add(at, std::isfinite(value) ? y * value : Real(NAN), std::fabs(value) * (y_error + std::fabs(y) * (root_k + rounded)));
+        v_expected.add(key, std::isfinite(up) ? y * up : Real(NAN), std::fabs(up) * (y_error + std::fabs(y) * root_q));
       }
-    });
-  check_written(o, [](const Shape&) {});
+      for (int64_t e = 0; e < d; ++e) {
+        const Real to_q = scale * finite(decode(dtype, k.at(indexed(key, e))));
+        const Real to_k = scale * finite(decode(dtype, q.at(indexed(at, e))));
+        q_expected.add(at, dx * to_q, std::fabs(to_q) * (dx_error + std::fabs(dx) * (root_k + 1)));
+        k_expected.add(key, dx * to_k, std::fabs(to_k) * (dx_error + std::fabs(dx) * (root_q + 1)));
+      }
+      bias_expected.add(score, dx, dx_error + std::fabs(dx) * root_copies);
+    }
+  });
+  const auto check = [&](const Expected& expected, Tensor& got, const char* name) {
+    expected.compare_with(dtype, got, name);
+    check_written(got, [](const Shape&) {});
+  };
+  if (!vjp) return check(o_expected, o, "o");
+  check(q_expected, q_grad, "q_grad");
+  check(k_expected, k_grad, "k_grad");
+  check(v_expected, v_grad, "v_grad");
+  if (biased && wants_bias) check(bias_expected, bias_grad, "bias_grad");
 }
 
 }  // namespace

@@ -1,5 +1,19 @@
-// The attention kernels. A block of queries keeps its whole rows of scores in scratch, so extrema are exact and each exp
-// is computed once.
+// Attention and its gradients.
+//
+// A block of queries keeps its rows of scores, whole, in scratch: extrema are exact, and each exp is computed once. All
+// matrix products are one microkernel, c[r][.] += sum over i of a[r][i] b[i][.], which holds kRows x kColumns of c in
+// registers and reads a row of b, a panel, per step:
+//
+//     scores      S = scale Q K^T     per panel of kColumns keys; K^T is packed into such panels once per unit of work
+//     output      O = Y V             S became Y = the row operation in place; V is read as it lies, if it lies well
+//
+//     backward    S as above, G = dO V^T with V^T packed likewise; the row gradient turns S into dX and G into Y;
+//                 dV += Y^T dO, dK += dX^T Q, dQ = dX K: again the microkernel, with a transposed
+//
+// The rows of a block are as many as keep the scores in the L2 cache, so K, V and their gradients, which stream past them,
+// cost little. Tiles of the products outside of causality and window are left out. A sum runs over keys, or over queries,
+// in order, wherever blocks begin: bits depend on blocks and threads nowhere, except that several parts of a head, whose
+// number follows from the shapes, are added up in order.
 #include "row.h"
 
 namespace sa_softmax {
@@ -14,213 +28,644 @@ constexpr int kRows = 4, kVectors = 2;
 #endif
 template <class C>
 constexpr int64_t kColumns = kVectors * kLanes<C>;
-static_assert(kColumns<float> <= kPanel);
+static_assert(kPanel % kColumns<float> == 0 && kMostRows % kRows == 0);
 
-// c[r][0..kColumns) (+)= sum over i of a[r][i] b[i][0..kColumns), for R rows.
-template <class C, int R>
-INLINE void multiply_rows(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
-                          int64_t depth, bool add) {
-  Vector<C> sums[R][kVectors];
+// What the microkernel computes, c[r][0..U vectors) += sum over i < depth of a(r, i) b[i][.] for R rows:
+//     plain       a(r, i) = a[r * pitch + i]
+//     transposed  a(r, i) = a[i * pitch + r]
+//     scaled      as plain, and c is multiplied by a factor in the end
+//     pairs       as scaled, but an entry of a and b is two bfloat16, whose two products are added (AVX512_BF16)
+// Not `add`: c was 0.
+enum class Product { plain, transposed, scaled, pairs };
+
+template <class C, Product kProduct>
+INLINE void add_product(Vector<C>& sum, Vector<C> a, Vector<C> b) {
+#if SA_SOFTMAX_VECTOR == 64
+  if constexpr (kProduct == Product::pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return;
+  }
+#endif
+  sum += a * b;
+}
+template <class C, Product kProduct, int R, int U>
+INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
+                          int64_t depth, bool add, C factor) {
+  Vector<C> sums[R][U];
   for (int r = 0; r < R; ++r)
-    for (int u = 0; u < kVectors; ++u) sums[r][u] = add ? load(c + r * c_pitch + u * kLanes<C>) : Vector<C>{};
+    for (int u = 0; u < U; ++u) sums[r][u] = add ? load(c + r * c_pitch + u * kLanes<C>) : Vector<C>{};
   for (int64_t i = 0; i < depth; ++i) {
-    Vector<C> bs[kVectors];
-    for (int u = 0; u < kVectors; ++u) bs[u] = load(b + i * b_pitch + u * kLanes<C>);
+    Vector<C> bs[U];
+    for (int u = 0; u < U; ++u) bs[u] = load(b + i * b_pitch + u * kLanes<C>);
     for (int r = 0; r < R; ++r) {
-      const Vector<C> as = all(a[r * a_pitch + i]);
-      for (int u = 0; u < kVectors; ++u) sums[r][u] += as * bs[u];
+      const Vector<C> as = all(kProduct == Product::transposed ? a[i * a_pitch + r] : a[r * a_pitch + i]);
+      for (int u = 0; u < U; ++u) add_product<C, kProduct>(sums[r][u], as, bs[u]);
     }
   }
+  constexpr bool scales = kProduct == Product::scaled || kProduct == Product::pairs;
   for (int r = 0; r < R; ++r)
-    for (int u = 0; u < kVectors; ++u) store(c + r * c_pitch + u * kLanes<C>, sums[r][u]);
+    for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, scales ? sums[r][u] * factor : sums[r][u]);
+}
+template <class C, Product kProduct, int R, int U>
+INLINE void multiply_rest(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+                          int64_t depth, bool add, C factor) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      multiply_tile<C, kProduct, R, U>(a, a_pitch, b, b_pitch, c, c_pitch, depth, add, factor);
+    else
+      multiply_rest<C, kProduct, R - 1, U>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
+  }
+}
+template <class C, Product kProduct, int U>
+__attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
+                                             int64_t c_pitch, int64_t rows, int64_t depth, bool add, C factor) {
+  const int64_t a_row = kProduct == Product::transposed ? 1 : a_pitch;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    if (kProduct == Product::transposed)  // c streams by
+      for (int64_t i = 0; i < kRows; ++i)
+        for (int u = 0; u < U; ++u) __builtin_prefetch(c + (r + kRows + i) * c_pitch + u * kLanes<C>, 1);
+    multiply_tile<C, kProduct, kRows, U>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add,
+                                         factor);
+  }
+  multiply_rest<C, kProduct, kRows - 1, U>(a + r * a_row, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, rows - r,
+                                           depth, add, factor);
+}
+// The first `width` columns, rounded up to vectors.
+template <class C, Product kProduct, int U = kVectors>
+INLINE void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+                     int64_t depth, int64_t width, bool add, C factor = 1) {
+  if constexpr (U > 1) {
+    if (width <= (U - 1) * kLanes<C>)
+      return multiply<C, kProduct, U - 1>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add, factor);
+  }
+  multiply_rows<C, kProduct, U>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
+}
+
+template <class T>
+constexpr bool kMayPair = kSame<T, Bfloat> && SA_SOFTMAX_VECTOR == 64;
+
+// Two bfloat16 in a word of the size of C.
+INLINE float pair(Bfloat low, Bfloat high) { return as<float>(uint32_t(low.bits) | uint32_t(high.bits) << 16); }
+
+// A matrix in the caller's memory.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row, column;
+  INLINE Compute<T> at(int64_t i, int64_t j) const { return widen(data[i * row + j * column]); }
+};
+
+template <class C>
+INLINE bool is_finite(C x) {
+  return x - x == 0;
+}
+// Of n entries, a multiple of kPad / 4.
+template <class C>
+bool all_finite(const C* p, int64_t n) {
+  Vector<C> sum{};
+  for (int64_t i = 0; i < n; i += kLanes<C>) sum += load(p + i) * C(0);
+  return halve<C>(sum, [](auto a, auto b) { return a + b; }) == 0;
 }
 template <class C>
-void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
-              int64_t depth, bool add) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    multiply_rows<C, kRows>(a + r * a_pitch, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add);
-  for (; r < rows; ++r)
-    multiply_rows<C, 1>(a + r * a_pitch, a_pitch, b, b_pitch, c + r * c_pitch, c_pitch, depth, add);
+void clean(C* p, int64_t n) {
+  if (!all_finite(p, n))
+    for (int64_t i = 0; i < n; ++i) p[i] = is_finite(p[i]) ? p[i] : C(0);
 }
+
+// Keys [begin, end).
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  bool meets(Range other) const { return begin < other.end && other.begin < end; }
+  void include(Range other) {
+    if (other.empty()) return;
+    *this = empty() ? other : Range{least(begin, other.begin), end > other.end ? end : other.end};
+  }
+};
+INLINE int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+// One key/value head, and what is packed of it.
+template <class T>
+struct Head {
+  using C = Compute<T>;
+  const AttentionJob& job;
+  C* const scratch;
+  AttentionStrides base;            // offsets of the head and of its first query head
+  Range packed{0, 0};               // of the keys, in whole panels of kPad
+  Matrix<T> k{}, v{};
+
+  void open(const AttentionStrides& at) {
+    base = at;
+    packed = {0, 0};
+    k = {static_cast<const T*>(job.k) + base.k, job.row.k, job.column.k};
+    v = {static_cast<const T*>(job.v) + base.v, job.row.v, job.column.v};
+  }
+  // Whether the microkernel may read rows of n entries where they lie.
+  static bool direct(const Matrix<T>& m, int64_t n) { return kSame<T, C> && m.column == 1 && n % kLanes<C> == 0; }
+
+  // panels[j / kColumns][i][j % kColumns] = m[j][i] for the keys in `keys`
+  void pack_transposed(const Matrix<T>& m, int64_t n, Range keys, C* panels) const {
+    for (int64_t j = keys.begin; j < keys.end; j += kColumns<C>) {
+      C* const panel = panels + j * n;
+      const int64_t width = between(0, job.tk - j, kColumns<C>);
+      if (width < kColumns<C>) std::memset(panel, 0, size_t(n * kColumns<C>) * sizeof(C));
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t i = 0; i < n; ++i) panel[i * kColumns<C> + c] = m.at(j + c, i);
+    }
+  }
+  // rows[j][i] = m[j][i] for the keys in `keys`
+  void pack_rows(const Matrix<T>& m, int64_t n, Range keys, C* rows, int64_t pitch) const {
+    for (int64_t j = keys.begin; j < least(keys.end, job.tk); ++j) {
+      C* const row = rows + j * pitch;
+      for (int64_t i = 0; i < n; ++i) row[i] = m.at(j, i);
+      for (int64_t i = n; i < pitch; ++i) row[i] = 0;
+    }
+  }
+  // The same with two bfloat16 in a word: neighbours of a row in pack_transposed, neighbouring rows in pack_rows.
+  void pack_paired(Range keys) const {
+    const int64_t words = (job.d + 1) / 2;
+    for (int64_t j = keys.begin; j < keys.end; j += kColumns<C>) {
+      C* const panel = scratch + job.at.keys + j * words;
+      const int64_t width = between(0, job.tk - j, kColumns<C>);
+      if (width < kColumns<C>) std::memset(panel, 0, size_t(words * kColumns<C>) * sizeof(C));
+      for (int64_t c = 0; c < width; ++c) {
+        const Bfloat* const row = k.data + (j + c) * k.row;
+        for (int64_t i = 0; i < job.d / 2; ++i)
+          panel[i * kColumns<C> + c] = pair(row[2 * i * k.column], row[(2 * i + 1) * k.column]);
+        if (job.d % 2) panel[job.d / 2 * kColumns<C> + c] = pair(row[(job.d - 1) * k.column], Bfloat{0});
+      }
+    }
+    for (int64_t j = keys.begin; j < keys.end; j += 2)
+      pair_rows(j, 0, job.dv_pitch, scratch + job.at.rows + j / 2 * job.dv_pitch, false);
+  }
+  // words[c] = v[j][first + c], v[j + 1][first + c]; 0 beyond v, and with `careful` for what is not finite
+  void pair_rows(int64_t j, int64_t first, int64_t width, C* words, bool careful) const {
+    const auto at = [&](int64_t row, int64_t c) {
+      const Bfloat value = row < job.tk ? v.data[row * v.row + c * v.column] : Bfloat{0};
+      return careful && !is_finite(widen(value)) ? Bfloat{0} : value;
+    };
+    const int64_t inside = least(width, job.dv - first);
+    for (int64_t c = 0; c < inside; ++c) words[c] = pair(at(j, first + c), at(j + 1, first + c));
+    for (int64_t c = inside; c < width; ++c) words[c] = 0;
+  }
+  template <bool kVjp>
+  void pack_more(Range keys) {
+    if constexpr (kMayPair<T> && !kVjp) {
+      if (job.pairs) return pack_paired(keys);
+    }
+    pack_transposed(k, job.d, keys, scratch + job.at.keys);
+    if (kVjp) pack_transposed(v, job.dv, keys, scratch + job.at.values);
+    if (const Matrix<T>& m = kVjp ? k : v; !direct(m, kVjp ? job.d : job.dv))
+      pack_rows(m, kVjp ? job.d : job.dv, keys, scratch + job.at.rows, kVjp ? job.d_pitch : job.dv_pitch);
+  }
+  template <bool kVjp>
+  void pack(Range keys) {
+    if (keys.empty()) return;
+    keys = {keys.begin / kPad * kPad, padded(keys.end)};
+    if (packed.empty()) packed = {keys.begin, keys.begin};
+    if (keys.begin < packed.begin) pack_more<kVjp>({keys.begin, packed.begin});
+    if (keys.end > packed.end) pack_more<kVjp>({packed.end, keys.end});
+    packed.include(keys);
+  }
+};
 
 template <class T>
 struct Block {
   using C = Compute<T>;
   const AttentionJob& job;
-  AttentionStrides base;  // offsets of the batch and the key/value head
-  int64_t first, count;   // rows of the block; row r is query r % tq of head r / tq of the group
-  int64_t keys;           // the first keys, which causality lets some row see
-  int64_t pitch;
-  C *scores, *e, *queries, *panel, *output, *poisoned;
+  Head<T>& head;
+  int64_t first, count;  // rows; row r is query (first + r) % tq of head (first + r) / tq of the group
+  C* const scratch = head.scratch;
+  C* const scores = scratch + job.at.scores;
+  C* const upstream = scratch + job.at.upstream;
+  C* const queries = scratch + job.at.queries;
+  C* const o_grad = scratch + job.at.o_grad;
+  C* const output = scratch + job.at.output;
+  const int64_t pitch = job.pitch;
+  Range row_keys[kMostRows], group_keys[kMostRows / kRows], keys{0, 0};  // visible to a row, to kRows of them, to all
 
-  // Offsets of row r in q, bias, mask and o.
-  AttentionStrides row(int64_t r) const {
-    const int64_t h = (first + r) / job.tq, i = (first + r) % job.tq;
-    return {base.q + h * job.head.q + i * job.row.q,          0, 0, base.bias + h * job.head.bias + i * job.row.bias,
-            base.mask + h * job.head.mask + i * job.row.mask, base.o + h * job.head.o + i * job.row.o};
-  }
-  // The number of keys that causality lets row r see.
-  int64_t visible(int64_t r) const {
-    if (!job.causal) return job.tk;
-    // q_offset is any integer: compare without adding to it.
-    const int64_t i = (first + r) % job.tq;
-    if (job.q_offset >= job.tk - 1 - i) return job.tk;
-    return job.q_offset < -i ? 0 : i + job.q_offset + 1;
-  }
-  const T* element(const void* data, int64_t offset) const { return static_cast<const T*>(data) + offset; }
-
-  void multiply_keys() {
-    if (job.d == 0)
-      for (int64_t r = 0; r < count; ++r) std::memset(scores + r * pitch, 0, size_t(pitch) * sizeof(C));
-    for (int64_t d = 0; d < job.d; d += kDepth) {
-      const int64_t depth = least(kDepth, job.d - d);
-      for (int64_t r = 0; r < count; ++r) {
-        const T* const q = element(job.q, row(r).q + d * job.column.q);
-        for (int64_t i = 0; i < depth; ++i) queries[r * kDepth + i] = widen(q[i * job.column.q]);
-      }
-      for (int64_t j = 0; j < keys; j += kColumns<C>) {
-        const int64_t width = least(kColumns<C>, keys - j);
-        const T* const k = element(job.k, base.k + j * job.row.k + d * job.column.k);
-        if (width < kColumns<C>) std::memset(panel, 0, size_t(depth * kColumns<C>) * sizeof(C));
-        for (int64_t c = 0; c < width; ++c)
-          for (int64_t i = 0; i < depth; ++i)
-            panel[i * kColumns<C> + c] = widen(k[c * job.row.k + i * job.column.k]);
-        multiply<C>(queries, kDepth, panel, kColumns<C>, scores + j, pitch, count, depth, d > 0);
-      }
-    }
-  }
-  // scale, bias, mask and causality; -inf marks what does not participate.
-  void finish_scores() {
-    const C scale = C(job.scale);
+  Block(const AttentionJob& job, Head<T>& head, int64_t first, int64_t count)
+      : job(job), head(head), first(first), count(count) {
     for (int64_t r = 0; r < count; ++r) {
-      C* const s = scores + r * pitch;
-      const AttentionStrides at = row(r);
-      const int64_t seen = visible(r);
-      if (job.bias == nullptr)
-        for (int64_t j = 0; j < seen; ++j) s[j] *= scale;
-      else if (const T* const bias = element(job.bias, at.bias); job.column.bias == 1)
-        for (int64_t j = 0; j < seen; ++j) s[j] = s[j] * scale + widen(bias[j]);
+      const int64_t i = (first + r) % job.tq;
+      row_keys[r] = {between(0, i + job.from, job.tk), between(0, i + job.to + 1, job.tk)};
+      if (r % kRows == 0) group_keys[r / kRows] = {0, 0};
+      group_keys[r / kRows].include(row_keys[r]);
+      keys.include(row_keys[r]);
+    }
+  }
+  int64_t groups() const { return (count + kRows - 1) / kRows; }
+  int64_t rows_of(int64_t group) const { return least(kRows, count - group * kRows); }
+  // The columns of scores that hold numbers: of whole panels.
+  Range columns(int64_t r) const {
+    const Range g = group_keys[r / kRows];
+    return g.empty() ? g : Range{g.begin / kPad * kPad, padded(g.end)};
+  }
+  int64_t row_offset(int64_t r, const AttentionStrides& head_stride, const AttentionStrides& row_stride,
+                     int64_t AttentionStrides::*array) const {
+    return head.base.*array + (first + r) / job.tq * head_stride.*array + (first + r) % job.tq * row_stride.*array;
+  }
+  int64_t offset(int64_t r, int64_t AttentionStrides::*array) const {
+    return row_offset(r, job.head, job.row, array);
+  }
+
+  void load_rows(const void* data, int64_t AttentionStrides::*array, int64_t n, C* rows,
+                 int64_t rows_pitch) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* const from = static_cast<const T*>(data) + offset(r, array);
+      const int64_t step = job.column.*array;
+      C* const row = rows + r * rows_pitch;
+      if (step == 1)
+        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i]);
       else
-        for (int64_t j = 0; j < seen; ++j) s[j] = s[j] * scale + widen(bias[j * job.column.bias]);
-      if (job.mask != nullptr) {
-        const uint8_t* const mask = job.mask + at.mask;
-        if (job.column.mask == 1)
-          for (int64_t j = 0; j < seen; ++j) s[j] = mask[j] ? s[j] : -kInfinity<C>;
-        else
-          for (int64_t j = 0; j < seen; ++j) s[j] = mask[j * job.column.mask] ? s[j] : -kInfinity<C>;
-      }
-      for (int64_t j = seen; j < padded(keys); ++j) s[j] = -kInfinity<C>;
+        for (int64_t i = 0; i < n; ++i) row[i] = widen(from[i * step]);
+      for (int64_t i = n; i < rows_pitch; ++i) row[i] = 0;
     }
   }
-  // Columns [d, d + width) of the output. With `careful`, entries of v that are not finite count as 0: poison() has
-  // seen where they belong.
-  void multiply_values(int64_t d, int64_t width, bool careful) {
-    for (int64_t r = 0; r < count; ++r) std::memset(output + r * kPanel, 0, sizeof(C) * kColumns<C>);
-    for (int64_t j = 0; j < keys; j += kDepth) {
-      const int64_t depth = least(kDepth, keys - j);
-      const T* const v = element(job.v, base.v + j * job.row.v + d * job.column.v);
-      if constexpr (kSame<T, C>) {
-        if (width == kColumns<C> && job.column.v == 1 && !careful) {
-          multiply<C>(scores + j, pitch, v, job.row.v, output, kPanel, count, depth, true);
-          continue;
-        }
-      }
-      if (width < kColumns<C>) std::memset(panel, 0, size_t(depth * kColumns<C>) * sizeof(C));
-      for (int64_t i = 0; i < depth; ++i)
-        for (int64_t c = 0; c < width; ++c) {
-          const C value = widen(v[i * job.row.v + c * job.column.v]);
-          panel[i * kColumns<C> + c] = !careful || value - value == 0 ? value : C(0);
-        }
-      multiply<C>(scores + j, pitch, panel, kColumns<C>, output, kPanel, count, depth, true);
+  void store_rows(const C* rows, int64_t rows_pitch, int64_t n, C factor, void* data,
+                  int64_t AttentionStrides::*array) const {
+    for (int64_t r = 0; r < count; ++r) {
+      T* const to = static_cast<T*>(data) + offset(r, array);
+      const int64_t step = job.column.*array;
+      const C* const row = rows + r * rows_pitch;
+      if (step == 1)
+        for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(row[i] * factor);
+      else
+        for (int64_t i = 0; i < n; ++i) to[i * step] = narrow<T>(row[i] * factor);
     }
   }
-  // Marks the outputs in columns [d, d + width) that a participating entry of v that is not finite makes NaN (A6).
-  void poison(int64_t d, int64_t width) {
-    for (int64_t r = 0; r < count; ++r) std::memset(poisoned + r * kPanel, 0, sizeof(C) * kPanel);
-    for (int64_t j = 0; j < keys; ++j) {
-      const T* const v = element(job.v, base.v + j * job.row.v + d * job.column.v);
-      for (int64_t c = 0; c < width; ++c) {
-        const C value = widen(v[c * job.column.v]);
-        if (value - value == 0) continue;
-        for (int64_t r = 0; r < count; ++r)
-          if (scores[r * pitch + j] != -kInfinity<C>) poisoned[r * kPanel + c] = 1;
-      }
+
+  // c[r][j] = factor rows[r] . panel of keys, where row r's group sees keys of the panel
+  template <Product kProduct>
+  void multiply_panels(const C* rows, int64_t rows_pitch, const C* panels, int64_t n, C factor, C* c) const {
+    for (int64_t j = keys.begin / kPad * kPad; j < keys.end; j += kColumns<C>) {
+      const Range pad{j / kPad * kPad, j / kPad * kPad + kPad};
+      for (int64_t d = 0; d == 0 || d < n; d += kDepth)
+        for (int64_t g = 0; g < groups(); ++g)
+          if (group_keys[g].meets(pad))
+            multiply_rows<C, kProduct, kVectors>(rows + g * kRows * rows_pitch + d, rows_pitch,
+                                                 panels + j * n + d * kColumns<C>, kColumns<C>,
+                                                 c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
+                                                 d > 0, d + kDepth < n ? C(1) : factor);
     }
   }
+  void multiply_keys() const {
+    const C* const panels = scratch + job.at.keys;
+    if constexpr (kMayPair<T>) {
+      if (job.pairs)
+        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, (job.d + 1) / 2, C(job.scale), scores);
+    }
+    multiply_panels<Product::scaled>(queries, job.d_pitch, panels, job.d, C(job.scale), scores);
+  }
+  // -inf marks what does not participate.
   void score() {
     multiply_keys();
-    finish_scores();
-  }
-  void weigh() {
-    for (int64_t r = 0; r < count; ++r)
-      forward_row<C>(scores + r * pitch, padded(keys), scores + r * pitch, e, job.normalized);
-  }
-  bool finite(int64_t width) const {
-    C sum = 0;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < width; ++c) sum += output[r * kPanel + c] * 0;
-    return sum == 0;
-  }
-  void write(int64_t d, int64_t width) {
     for (int64_t r = 0; r < count; ++r) {
-      T* const o = static_cast<T*>(job.o) + row(r).o + d * job.column.o;
-      for (int64_t c = 0; c < width; ++c) o[c * job.column.o] = narrow<T>(output[r * kPanel + c]);
+      C* const s = scores + r * pitch;
+      const Range all = columns(r), seen = row_keys[r];
+      if (job.bias != nullptr) {
+        const T* const bias = static_cast<const T*>(job.bias) + offset(r, &AttentionStrides::bias);
+        if (job.column.bias == 1)
+          for (int64_t j = seen.begin; j < seen.end; ++j) s[j] += widen(bias[j]);
+        else
+          for (int64_t j = seen.begin; j < seen.end; ++j) s[j] += widen(bias[j * job.column.bias]);
+      }
+      if (job.mask != nullptr) {
+        const uint8_t* const mask = job.mask + offset(r, &AttentionStrides::mask);
+        if (job.column.mask == 1)
+          for (int64_t j = seen.begin; j < seen.end; ++j) s[j] = mask[j] ? s[j] : -kInfinity<C>;
+        else
+          for (int64_t j = seen.begin; j < seen.end; ++j) s[j] = mask[j * job.column.mask] ? s[j] : -kInfinity<C>;
+      }
+      const Range held = seen.empty() ? Range{all.begin, all.begin} : seen;
+      for (int64_t j = all.begin; j < held.begin; ++j) s[j] = -kInfinity<C>;
+      for (int64_t j = held.end; j < all.end; ++j) s[j] = -kInfinity<C>;
     }
   }
-  void run() {
-    score();
-    weigh();
+  void load_queries() const {
+    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
+    if constexpr (kMayPair<T>) {
+      if (job.pairs)
+        for (int64_t r = 0; r < count; ++r) halve_row(queries + r * job.d_pitch, job.d_pitch);
+    }
+  }
+  // n numbers, a multiple of 16, as bfloat16 in the first half of their place.
+  void halve_row(C* row, int64_t n) const {
+    for (int64_t i = 0; i < n; i += 16) {
+      Bfloat halves[16];
+      for (int64_t c = 0; c < 16; ++c) halves[c] = narrow<Bfloat>(row[i + c]);
+      std::memcpy(row + i / 2, halves, sizeof halves);
+    }
+  }
+  // output = Y V
+  void weigh(bool careful) {
+    C scales[kMostRows] = {};
+    for (int64_t r = 0; r < count; ++r)
+      if (const Range all = columns(r); !all.empty())
+        scales[r] = weights_row<C>(scores + r * pitch + all.begin, all.end - all.begin, job.normalized);
+    multiply_values(careful);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= scales[r];
+  }
+  void multiply_values(bool careful) const {
+    if constexpr (kMayPair<T>) {
+      if (job.pairs) return multiply_paired_values(careful);
+    }
+    multiply_scores(head.v, job.dv, job.dv_pitch, careful);
+  }
+  // As multiply_scores, with the scores rounded to bfloat16.
+  void multiply_paired_values(bool careful) const {
+    std::memset(output, 0, size_t(count * job.dv_pitch) * sizeof(C));
+    for (int64_t r = 0; r < count; ++r)
+      if (const Range all = columns(r); !all.empty()) {
+        // A pair of keys stands where the one with half its number would.
+        C* const s = scores + r * pitch;
+        halve_row(s + all.begin, all.end - all.begin);
+        std::memmove(s + all.begin / 2, s + all.begin, size_t(all.end - all.begin) / 2 * sizeof(C));
+      }
     for (int64_t d = 0; d < job.dv; d += kColumns<C>) {
       const int64_t width = least(kColumns<C>, job.dv - d);
-      multiply_values(d, width, false);
-      if (!finite(width)) {
-        // A value that is not finite, wherever it stands, shows in the product, if only as 0 * inf: so the search for
-        // it costs nothing where all is well. The scores are gone and must be computed again.
-        score();
-        poison(d, width);
-        weigh();
-        multiply_values(d, width, true);
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t c = 0; c < width; ++c)
-            if (poisoned[r * kPanel + c] != 0) output[r * kPanel + c] = C(__builtin_nan(""));
+      for (int64_t j = keys.begin / 2; 2 * j < keys.end; j += kDepth) {
+        const Range chunk{j, least(j + kDepth, (keys.end + 1) / 2)};
+        const C* b = scratch + job.at.rows + j * job.dv_pitch + d;
+        if (careful) {
+          C* const panel = scratch + job.at.panel;
+          for (int64_t i = chunk.begin; i < chunk.end; ++i)
+            head.pair_rows(2 * i, d, kColumns<C>, panel + (i - j) * kColumns<C>, true);
+          b = panel;
+        }
+        const int64_t b_pitch = careful ? kColumns<C> : job.dv_pitch;
+        for (int64_t g = 0; g < groups(); ++g) {
+          const int64_t begin = group_keys[g].begin / 2, end = (group_keys[g].end + 1) / 2;
+          const Range seen{begin > j ? begin : j, least(end, chunk.end)};
+          if (!group_keys[g].empty() && !seen.empty())
+            multiply<C, Product::pairs>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                        b_pitch, output + g * kRows * job.dv_pitch + d, job.dv_pitch, rows_of(g),
+                                        seen.end - seen.begin, width, true);
+        }
       }
-      write(d, width);
+    }
+  }
+  // output = scores m, for m of n columns. With `careful`, entries of m that are not finite count as 0.
+  void multiply_scores(const Matrix<T>& m, int64_t n, int64_t n_pitch, bool careful) const {
+    for (int64_t r = 0; r < count; ++r) std::memset(output + r * n_pitch, 0, size_t(n_pitch) * sizeof(C));
+    const bool direct = head.direct(m, n);
+    for (int64_t d = 0; d < n; d += kColumns<C>) {
+      const int64_t width = least(kColumns<C>, n - d);
+      for (int64_t j = keys.begin; j < keys.end; j += kDepth) {
+        const Range chunk{j, least(j + kDepth, keys.end)};
+        const C* b;
+        int64_t b_pitch;
+        if (careful) {
+          C* const panel = scratch + job.at.panel;
+          for (int64_t i = chunk.begin; i < chunk.end; ++i)
+            for (int64_t c = 0; c < kColumns<C>; ++c) {
+              const C value = c < width ? m.at(i, d + c) : C(0);
+              panel[(i - j) * kColumns<C> + c] = is_finite(value) ? value : C(0);
+            }
+          b = panel, b_pitch = kColumns<C>;
+        } else if (direct) {
+          b = reinterpret_cast<const C*>(m.data) + j * m.row + d, b_pitch = m.row;
+        } else {
+          b = scratch + job.at.rows + j * n_pitch + d, b_pitch = n_pitch;
+        }
+        for (int64_t g = 0; g < groups(); ++g) {
+          const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
+          if (!seen.empty())
+            multiply<C, Product::plain>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch, b_pitch,
+                               output + g * kRows * n_pitch + d, n_pitch, rows_of(g), seen.end - seen.begin, width, true);
+        }
+      }
+    }
+  }
+
+  // Marks the outputs that a participating entry of v that is not finite makes NaN (A6).
+  void poison() const {
+    C* const poisoned = scratch + job.at.poisoned;
+    std::memset(poisoned, 0, size_t(count * job.dv_pitch) * sizeof(C));
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      for (int64_t c = 0; c < job.dv; ++c) {
+        if (is_finite(head.v.at(j, c))) continue;
+        for (int64_t r = 0; r < count; ++r)
+          if (participates(r, j)) poisoned[r * job.dv_pitch + c] = 1;
+      }
+  }
+  bool participates(int64_t r, int64_t j) const {
+    return j >= row_keys[r].begin && j < row_keys[r].end && scores[r * pitch + j] != -kInfinity<C>;
+  }
+  void forward() {
+    head.template pack<false>(keys);
+    load_queries();
+    score();
+    weigh(false);
+    if (!all_finite(output, count * job.dv_pitch)) {
+      // A value that is not finite, wherever it stands, shows in the product, if only as 0 * inf: so the search for it
+      // costs nothing where all is well. The scores are gone and must be computed again.
+      score();
+      poison();
+      weigh(true);
+      const C* const poisoned = scratch + job.at.poisoned;
+      for (int64_t i = 0; i < count * job.dv_pitch; ++i)
+        if (poisoned[i] != 0) output[i] = C(__builtin_nan(""));
+    }
+    store_rows(output, job.dv_pitch, job.dv, 1, job.o, &AttentionStrides::o);
+  }
+
+  // scores = dX, upstream = Y; queries and o_grad become finite. Where a participating entry of dO is not, v_grad (if
+  // any) becomes NaN.
+  void gradient(C* v_grad) {
+    head.template pack<true>(keys);
+    load_queries();
+    load_rows(job.o_grad, &AttentionStrides::o_grad, job.dv, o_grad, job.dv_pitch);
+    score();
+    multiply_panels<Product::scaled>(o_grad, job.dv_pitch, scratch + job.at.values, job.dv, 1, upstream);
+    clean(queries, count * job.d_pitch);
+    if (!all_finite(o_grad, count * job.dv_pitch)) {
+      for (int64_t r = 0; v_grad != nullptr && r < count; ++r)
+        for (int64_t c = 0; c < job.dv; ++c)
+          if (!is_finite(o_grad[r * job.dv_pitch + c]))
+            for (int64_t j = row_keys[r].begin; j < row_keys[r].end; ++j)
+              if (participates(r, j)) v_grad[j * job.dv_pitch + c] = C(__builtin_nan(""));
+      clean(o_grad, count * job.dv_pitch);
+    }
+    for (int64_t r = 0; r < count; ++r)
+      if (const Range all = columns(r); !all.empty()) {
+        C* const s = scores + r * pitch + all.begin;
+        C* const g = upstream + r * pitch + all.begin;
+        vjp_row<C, true>(s, g, all.end - all.begin, s, scratch + job.at.e, job.normalized, g);
+      }
+  }
+  // grad[j][.] += sum over rows of weights[r][j] rows[r][.]
+  void multiply_transposed(const C* weights, const C* rows, int64_t n, int64_t n_pitch, C* grad) const {
+    for (int64_t j = keys.begin / kPad * kPad; j < keys.end; j += kPad)
+      for (int64_t g = 0; g < groups();) {
+        const Range pad{j, j + kPad};
+        const int64_t from = g;
+        while (g < groups() && group_keys[g].meets(pad)) ++g;
+        if (from == g) {
+          ++g;
+          continue;
+        }
+        const int64_t begin = from * kRows, end = least(count, g * kRows);
+        for (int64_t d = 0; d < n; d += kColumns<C>)
+          multiply<C, Product::transposed>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
+                            n_pitch, kPad, end - begin, least(kColumns<C>, n - d), true);
+      }
+  }
+  void vjp(C* k_grad, C* v_grad) {
+    gradient(v_grad);
+    multiply_transposed(upstream, o_grad, job.dv, job.dv_pitch, v_grad);
+    multiply_transposed(scores, queries, job.d, job.d_pitch, k_grad);
+    multiply_scores(head.k, job.d, job.d_pitch, false);
+    // dX carries the NaN of participating entries: k counts where it is finite.
+    if (!all_finite(output, count * job.d_pitch)) multiply_scores(head.k, job.d, job.d_pitch, true);
+    store_rows(output, job.d_pitch, job.d, C(job.scale), job.q_grad, &AttentionStrides::q_grad);
+    if (job.bias_grad != nullptr && job.slots == 0)
+      for (int64_t r = 0; r < count; ++r) {
+        complete(r);
+        store_bias(scores + r * pitch, offset(r, &AttentionStrides::bias_grad));
+      }
+  }
+  // Row r of scores with the zeros that were left out.
+  void complete(int64_t r) const {
+    const Range held = columns(r).empty() ? Range{0, 0} : columns(r);
+    C* const s = scores + r * pitch;
+    for (int64_t j = 0; j < held.begin; ++j) s[j] = 0;
+    for (int64_t j = held.end; j < job.tk; ++j) s[j] = 0;
+  }
+  void store_bias(const C* row, int64_t offset) const {
+    T* const grad = static_cast<T*>(job.bias_grad) + offset;
+    if (job.column.bias_grad != 0) {
+      for (int64_t j = 0; j < job.tk; ++j) grad[j * job.column.bias_grad] = narrow<T>(row[j]);
+    } else if (job.tk > 0) {
+      C sum = 0;
+      for (int64_t j = 0; j < job.tk; ++j) sum += row[j];
+      *grad = narrow<T>(sum);
     }
   }
 };
 
+INLINE AttentionStrides head_offsets(const AttentionJob& job, int64_t head) {
+  const int64_t h = head % job.heads, group = job.group;
+  int64_t rest = head / job.heads;
+  const AttentionStrides& by = job.head;
+  AttentionStrides at{h * group * by.q,      h * by.k,      h * by.v,      h * group * by.bias,     h * group * by.mask,
+                      h * group * by.o,      h * group * by.o_grad,        h * group * by.q_grad,   h * by.k_grad,
+                      h * by.v_grad,         h * group * by.bias_grad};
+  for (int64_t axis = job.batch_rank - 1; axis >= 0; --axis) {
+    const int64_t index = rest % job.batch_shape[axis];
+    rest /= job.batch_shape[axis];
+    const AttentionStrides& by = job.batch[axis];
+    at.q += index * by.q, at.k += index * by.k, at.v += index * by.v, at.bias += index * by.bias;
+    at.mask += index * by.mask, at.o += index * by.o, at.o_grad += index * by.o_grad;
+    at.q_grad += index * by.q_grad, at.k_grad += index * by.k_grad, at.v_grad += index * by.v_grad;
+    at.bias_grad += index * by.bias_grad;
+  }
+  return at;
+}
+
+template <class T, class F>
+INLINE void each_block(const AttentionJob& job, Head<T>& head, int64_t part, F&& f) {
+  const int64_t blocks = job.blocks(), rows = job.group * job.tq;
+  for (int64_t i = blocks * part / job.parts; i < blocks * (part + 1) / job.parts; ++i) {
+    Block<T> block{job, head, i * job.block, least(job.block, rows - i * job.block)};
+    f(block);
+  }
+}
+
 template <class T>
-void attention(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
+void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
+  Head<T> head{job, static_cast<Compute<T>*>(scratch), {}};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (unit == begin || unit % job.parts == 0) head.open(head_offsets(job, unit / job.parts));
+    each_block(job, head, unit % job.parts, [](Block<T>& block) { block.forward(); });
+  }
+}
+
+// k_grad, which lacks the scale, and v_grad of a head.
+template <class T>
+void store_gradients(const AttentionJob& job, const AttentionStrides& at, const Compute<T>* k_grad,
+                     const Compute<T>* v_grad) {
+  const Compute<T> scale = Compute<T>(job.scale);
+  for (int64_t j = 0; j < job.tk; ++j) {
+    T* const k = static_cast<T*>(job.k_grad) + at.k_grad + j * job.row.k_grad;
+    T* const v = static_cast<T*>(job.v_grad) + at.v_grad + j * job.row.v_grad;
+    for (int64_t i = 0; i < job.d; ++i) k[i * job.column.k_grad] = narrow<T>(k_grad[j * job.d_pitch + i] * scale);
+    for (int64_t i = 0; i < job.dv; ++i) v[i * job.column.v_grad] = narrow<T>(v_grad[j * job.dv_pitch + i]);
+  }
+}
+
+template <class T>
+void vjp(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
   using C = Compute<T>;
-  const int64_t pitch = padded(job.tk);
-  C* const scores = static_cast<C*>(scratch);
-  C* const e = scores + job.block * pitch;
-  C* const queries = e + pitch;
-  C* const panel = queries + job.block * kDepth;
-  C* const output = panel + kDepth * kPanel;
-  C* const poisoned = output + job.block * kPanel;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % job.blocks(), head = task / job.blocks() % job.heads;
-    int64_t rest = task / job.blocks() / job.heads;
-    AttentionStrides base{head * job.group * job.head.q,    head * job.head.k,
-                          head * job.head.v,                head * job.group * job.head.bias,
-                          head * job.group * job.head.mask, head * job.group * job.head.o};
-    for (int64_t axis = job.batch_rank - 1; axis >= 0; --axis) {
-      const int64_t index = rest % job.batch_shape[axis];
-      rest /= job.batch_shape[axis];
-      base.q += index * job.batch[axis].q;
-      base.k += index * job.batch[axis].k;
-      base.v += index * job.batch[axis].v;
-      base.bias += index * job.batch[axis].bias;
-      base.mask += index * job.batch[axis].mask;
-      base.o += index * job.batch[axis].o;
+  const int64_t k_size = padded(job.tk) * job.d_pitch, v_size = padded(job.tk) * job.dv_pitch;
+  Head<T> head{job, static_cast<C*>(scratch), {}};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (unit == begin || unit % job.parts == 0) head.open(head_offsets(job, unit / job.parts));
+    C* const k_grad = job.partial ? static_cast<C*>(job.partial) + unit * (k_size + v_size) : head.scratch + job.at.k_grad;
+    C* const v_grad = k_grad + k_size;
+    std::memset(k_grad, 0, size_t(k_size + v_size) * sizeof(C));
+    each_block(job, head, unit % job.parts, [&](Block<T>& block) { block.vjp(k_grad, v_grad); });
+    if (job.partial == nullptr) store_gradients<T>(job, head.base, k_grad, v_grad);
+  }
+}
+
+template <class T>
+void merge(const AttentionJob& job, int64_t begin, int64_t end, void*) {
+  using C = Compute<T>;
+  const int64_t k_size = padded(job.tk) * job.d_pitch, size = k_size + padded(job.tk) * job.dv_pitch;
+  for (int64_t head = begin; head < end; ++head) {
+    C* const sum = static_cast<C*>(job.partial) + head * job.parts * size;
+    for (int64_t part = 1; part < job.parts; ++part)
+      for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * size + i];
+    store_gradients<T>(job, head_offsets(job, head), sum, sum + k_size);
+  }
+}
+
+// dX is computed again, and summed over the lines that share their bias.
+template <class T>
+void bias_vjp(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
+  using C = Compute<T>;
+  Head<T> head{job, static_cast<C*>(scratch), {}};
+  const int64_t heads = job.heads * job.group;
+  const bool one_row = job.row.bias_grad == 0;
+  const int64_t blocks = one_row ? 1 : (job.tq + job.block - 1) / job.block;
+  C* const total = head.scratch + job.at.k_grad;  // block or 1 rows of scores
+  const auto shared = [&](int64_t axis) {
+    return axis < job.batch_rank ? job.batch[axis].bias_grad == 0 : job.head.bias_grad == 0;
+  };
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t slot = unit / blocks, start = unit % blocks * job.block;
+    const int64_t rows = one_row ? 1 : least(job.block, job.tq - start);
+    std::memset(total, 0, size_t(rows * job.pitch) * sizeof(C));
+    int64_t store = 0;
+    for (int64_t share = 0; share < job.batches * heads / job.slots; ++share) {
+      // The line's batch and query head: shared axes count in `share`, the others in `slot`.
+      int64_t rest[2] = {slot, share}, line = 0, step = 1;
+      for (int64_t axis = job.batch_rank; axis >= 0; --axis) {
+        const int64_t length = axis < job.batch_rank ? job.batch_shape[axis] : heads;
+        int64_t& number = rest[shared(axis)];
+        line += number % length * step;
+        number /= length;
+        step *= length;
+      }
+      const int64_t h = line % heads;
+      head.open(head_offsets(job, line / heads * job.heads + h / job.group));
+      for (int64_t i = start; i < (one_row ? job.tq : start + rows); i += job.block) {
+        const int64_t query = h % job.group * job.tq + i;
+        Block<T> block{job, head, query, least(job.block, job.tq - i)};
+        block.gradient(nullptr);
+        for (int64_t r = 0; r < block.count; ++r) {
+          const Range held = block.columns(r);
+          C* const sum = total + (one_row ? 0 : r * job.pitch);
+          for (int64_t j = held.begin; j < held.end; ++j) sum[j] += block.scores[r * job.pitch + j];
+        }
+        store = block.offset(0, &AttentionStrides::bias_grad);
+        if (i + job.block < (one_row ? job.tq : start + rows) || share + 1 < job.batches * heads / job.slots) continue;
+        for (int64_t r = 0; r < rows; ++r) block.store_bias(total + r * job.pitch, store + r * job.row.bias_grad);
+      }
     }
-    const int64_t first = block * job.block, count = least(job.block, job.group * job.tq - first);
-    Block<T> rows{job, base, first, count, 0, pitch, scores, e, queries, panel, output, poisoned};
-    for (int64_t r = 0; r < count; ++r)
-      if (const int64_t seen = rows.visible(r); seen > rows.keys) rows.keys = seen;
-    rows.run();
   }
 }
 
@@ -230,7 +675,10 @@ namespace SA_SOFTMAX_ISA {
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {
-    {attention<Half>, attention<Bfloat>, attention<float>, attention<double>},
+    {forward<Half>, forward<Bfloat>, forward<float>, forward<double>},
+    {vjp<Half>, vjp<Bfloat>, vjp<float>, vjp<double>},
+    {merge<Half>, merge<Bfloat>, merge<float>, merge<double>},
+    {bias_vjp<Half>, bias_vjp<Bfloat>, bias_vjp<float>, bias_vjp<double>},
 };
 
 }  // namespace SA_SOFTMAX_ISA

@@ -50,6 +50,10 @@ class Optional {
   Array array_;
 };
 
+AttentionOptions options(int dtype, int variant, int is_causal, int64_t q_offset, int64_t left, double scale) {
+  return {DType(dtype), Variant(variant), is_causal != 0, is_causal ? q_offset : 0, scale, left};
+}
+
 Parallel parallel(int threads) {
   if (threads < 1) throw Error("threads must be at least 1; got " + std::to_string(threads));
   return [threads](int64_t count, const std::function<void(int64_t)>& task) { run_parallel(threads, count, task); };
@@ -76,14 +80,27 @@ int sa_softmax_row_vjp(int dtype, int variant, int64_t axis, const sa_softmax_ar
   });
 }
 
-int sa_softmax_attention(int dtype, int variant, int is_causal, int64_t q_offset, double scale,
+int sa_softmax_attention(int dtype, int variant, int is_causal, int64_t q_offset, int64_t left, double scale,
                          const sa_softmax_array* q, const sa_softmax_array* k, const sa_softmax_array* v,
                          const sa_softmax_array* bias, const sa_softmax_array* mask, const sa_softmax_array* o,
                          int threads) {
   return guarded([&] {
-    const AttentionOptions options{DType(dtype), Variant(variant), is_causal != 0, is_causal ? q_offset : 0, scale};
-    attention(options, array("q", q), array("k", k), array("v", v), Optional("bias", bias), Optional("mask", mask),
-              array("o", o), parallel(threads));
+    attention(options(dtype, variant, is_causal, q_offset, left, scale), array("q", q), array("k", k), array("v", v),
+              Optional("bias", bias), Optional("mask", mask), array("o", o), parallel(threads));
+  });
+}
+
+int sa_softmax_attention_vjp(int dtype, int variant, int is_causal, int64_t q_offset, int64_t left, double scale,
+                             const sa_softmax_array* q, const sa_softmax_array* k, const sa_softmax_array* v,
+                             const sa_softmax_array* bias, const sa_softmax_array* mask,
+                             const sa_softmax_array* o_grad, const sa_softmax_array* q_grad,
+                             const sa_softmax_array* k_grad, const sa_softmax_array* v_grad,
+                             const sa_softmax_array* bias_grad, int threads) {
+  return guarded([&] {
+    attention_vjp(options(dtype, variant, is_causal, q_offset, left, scale), array("q", q), array("k", k),
+                  array("v", v), Optional("bias", bias), Optional("mask", mask), array("o_grad", o_grad),
+                  array("q_grad", q_grad), array("k_grad", k_grad), array("v_grad", v_grad),
+                  Optional("bias_grad", bias_grad), parallel(threads));
   });
 }
 

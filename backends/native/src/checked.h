@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <new>
 #include <string>
 
@@ -72,6 +71,19 @@ inline Shape broadcast(const char* name, const Array& a, const Shape& shape, con
 
 inline size_t compute_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
+// Memory aligned to cache lines; null for 0 bytes.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(bytes == 0 ? nullptr : ::operator new(bytes, std::align_val_t(64))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+};
+
 // Calls run(begin, end, scratch) for disjoint ranges that make up [0, units), with `elements` of scratch each.
 template <class Run>
 void divide(const Parallel& parallel, int64_t units, double work, int64_t elements, DType dtype, const Run& run) {
@@ -84,8 +96,7 @@ void divide(const Parallel& parallel, int64_t units, double work, int64_t elemen
   const auto task = [&](int64_t index) {
     const auto at = [&](int64_t i) { return units / tasks * i + std::min(i, units % tasks); };
     try {
-      const auto release = [](void* p) { ::operator delete(p, std::align_val_t(64)); };
-      const std::unique_ptr<void, decltype(release)> scratch(::operator new(bytes, std::align_val_t(64)), release);
+      const Scratch scratch(bytes);
       run(at(index), at(index + 1), scratch.get());
     } catch (const std::bad_alloc&) {
       failed = true;  // an exception must not leave a thread that is not ours

@@ -43,11 +43,11 @@ Kernels choose() {
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const Choice choices[] = {{{"x86-64-v4", v4::row_kernels, v4::attention_kernels}, has_v4},
-                            {{"x86-64-v3", v3::row_kernels, v3::attention_kernels}, has_v3},
-                            {{"x86-64-v2", v2::row_kernels, v2::attention_kernels}, true}};
+  const Choice choices[] = {{{"x86-64-v4", v4::row_kernels, v4::attention_kernels, bool(__builtin_cpu_supports("avx512bf16"))}, has_v4},
+                            {{"x86-64-v3", v3::row_kernels, v3::attention_kernels, false}, has_v3},
+                            {{"x86-64-v2", v2::row_kernels, v2::attention_kernels, false}, true}};
 #else
-  const Choice choices[] = {{{"generic", generic::row_kernels, generic::attention_kernels}, true}};
+  const Choice choices[] = {{{"generic", generic::row_kernels, generic::attention_kernels, false}, true}};
 #endif
   const char* const wanted = std::getenv("SA_SOFTMAX_INSTRUCTION_SET");
   std::string runnable;

@@ -37,45 +37,59 @@ struct RowJob {
   int64_t scratch() const { return direct ? padded(n) : (2 * width + 2) * padded(n); }
 };
 
-// Strides in elements of q, k, v, bias, mask and o.
+// Strides in elements of the arrays of attention; o_grad is the upstream gradient.
 struct AttentionStrides {
-  int64_t q, k, v, bias, mask, o;
+  int64_t q, k, v, bias, mask, o, o_grad, q_grad, k_grad, v_grad, bias_grad;
 };
 
-constexpr int64_t kDepth = 256;  // how much of D or of the keys one packed panel holds
-constexpr int64_t kPanel = 64;   // the most columns a panel has
+constexpr int64_t kDepth = 256;    // how many keys, or how much of D, one product takes
+constexpr int64_t kPanel = 64;     // the most columns of a panel
+constexpr int64_t kMostRows = 96;  // of a block
 
-// A block is up to `block` of the group * tq query rows that read one key/value head.
+// Where the buffers of a thread begin in its scratch; attention.cpp says what they hold. In elements of the compute type.
+struct AttentionScratch {
+  int64_t scores, upstream, e, queries, o_grad, output, poisoned, panel, keys, values, rows, k_grad, v_grad, size;
+};
+
+// Rows are the group * tq queries that read one key/value head, in blocks of up to `block`. The blocks of a head are
+// divided into `parts`; a unit of work is one part of one head.
 struct AttentionJob {
-  const void* q;
-  const void* k;
-  const void* v;
-  const void* bias;
+  const void *q, *k, *v, *bias;
   const uint8_t* mask;
   void* o;
+  const void* o_grad;
+  void *q_grad, *k_grad, *v_grad, *bias_grad;
   int64_t batch_rank;
   const int64_t* batch_shape;
   const AttentionStrides* batch;
   AttentionStrides head, row, column;  // k and v: head counts key/value heads; bias, mask: row is a query, column a key
-  int64_t heads, group, tq, tk, d, dv, block;
-  bool causal;
-  int64_t q_offset;
+  int64_t batches, heads, group, tq, tk, d, dv;
+  int64_t from, to;  // query i sees the keys i + from <= j <= i + to; both lie in [-tq, tk]
   double scale;
   bool normalized;
+  bool pairs;  // products of pairs of bfloat16
+  int64_t block, parts;
+  int64_t pitch, d_pitch, dv_pitch;  // of rows of scores, and of rows of D and Dv entries, in scratch
+  AttentionScratch at;
+  void* partial;  // (units, k_grad and v_grad as in scratch): the gradients of each part, if there are several
+  int64_t slots;  // of the bias, where batches, heads or queries share entries: the lines with entries of their own; or 0
 
   int64_t blocks() const { return (group * tq + block - 1) / block; }
-  // Scores, e, queries, a panel, the output, which of its entries are poisoned, in elements of the compute type.
-  int64_t scratch() const { return (block + 1) * padded(tk) + block * kDepth + kDepth * kPanel + 2 * block * kPanel; }
+  int64_t units() const { return batches * heads * parts; }
 };
 
-// The kernels of one instruction set, by DType: process the tiles or blocks [begin, end). `scratch` holds job.scratch()
-// elements of the compute type, aligned to 64 bytes.
+// The kernels of one instruction set, by DType: process the tiles or units [begin, end). `scratch` holds as many elements
+// of the compute type as the job says, aligned to 64 bytes.
 struct RowKernels {
   void (*forward[4])(const RowJob& job, int64_t begin, int64_t end, void* scratch);
   void (*vjp[4])(const RowJob& job, int64_t begin, int64_t end, void* scratch);
 };
 struct AttentionKernels {
-  void (*forward[4])(const AttentionJob& job, int64_t begin, int64_t end, void* scratch);
+  using Kernel = void (*)(const AttentionJob& job, int64_t begin, int64_t end, void* scratch);
+  Kernel forward[4];
+  Kernel vjp[4];
+  Kernel merge[4];     // adds up the parts: `end` counts batches * heads
+  Kernel bias_vjp[4];  // the gradient of a bias with slots: `end` counts slots * blocks of queries
 };
 
 }  // namespace sa_softmax

@@ -86,9 +86,33 @@ INLINE Factor<C> room(Extrema<C> row, int64_t n) {
   return f;
 }
 
-// dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g; e holds n entries of scratch.
+// z becomes the row operation times a number, and the inverse of this number is returned: whoever sums over the row need
+// not scale it. A row's scores are rounded themselves, so the exact difference is not worth its time. n is padded.
 template <class C>
-__attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx, C* e, bool normalized) {
+__attribute__((noinline)) C weights_row(C* z, int64_t n, bool normalized) {
+  const Extrema<C> row = extrema(z, n);
+  const Vector<C> high = all(row.high);
+  const Factor<C> f = normalized ? factor(row) : room(row, n);
+  const Vector<C> unit = all(f.unit), lo = all(f.lo);
+  Vector<C> total[4] = {};
+  for (int64_t i = 0; i < n; i += kChunk<C>)
+    for (int u = 0; u < 4; ++u) {
+      C* const at = z + i + u * kLanes<C>;
+      const Vector<C> v = load(at);
+      const Vector<C> e = exp_difference<C, false>(v, high);
+      const auto on = v != all(-kInfinity<C>);
+      total[u] += on ? e : Vector<C>{};
+      store(at, on ? (v * unit - lo) * e : Vector<C>{});
+    }
+  const C sum_of_e = sum<C>(total);
+  return sum_of_e == 0 ? C(0) : f.inverse_range * (normalized ? C(1) : f.inverse_unit) * (1 / sum_of_e);
+}
+
+// dx of one row (section 5 of the spec); g counts as 0 where z is -inf. dx may be z or g; e holds n entries of scratch.
+// With kValues y is the row operation itself, too; it may be g unless dx is.
+template <class C, bool kValues = false>
+__attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx, C* e, bool normalized,
+                                       C* y = nullptr) {
   using I = typename Simd<C>::I;
   const Vector<C> zero{}, excluded = all(-kInfinity<C>);
   const Extrema<C> row = extrema(z, n);
@@ -126,7 +150,7 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
                   inside = all(normalized ? f.unit : C(1));
   chunks(z, n, [&](int64_t i, const C* at) {
     const Chunk<C> gs(g, i, n), es(e, i, n);
-    Vector<C> out[4];
+    Vector<C> out[4], values[4];
     for (int u = 0; u < 4; ++u) {
       const Vector<C> v = load(at + u * kLanes<C>);
       const Vector<C> up = load(gs.at + u * kLanes<C>), p = load(es.at + u * kLanes<C>) * p_scale;
@@ -134,7 +158,9 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
       const Vector<C> extremal = (v == low ? to_lows : zero) + (v == high ? to_highs : zero);
       const Vector<C> dx = p * (up * a - Ds) * outside + (up * p + extremal) * a_scale * inside;
       out[u] = v == excluded ? zero : dx;
+      if (kValues) values[u] = v == excluded ? zero : p * a * outside;
     }
+    if (kValues) store_chunk(y, i, n, values);
     store_chunk(dx, i, n, out);
   });
 }

@@ -149,8 +149,8 @@ template <class T>
 using Compute = typename ComputeType<T>::Type;
 
 // exp(z - m) for z <= m, within 2 ULP however large z and m are: the rounding error of the difference is known exactly
-// and enters as a factor. -inf gives 0, NaN NaN.
-template <class C>
+// and enters as a factor. -inf gives 0, NaN NaN. Not kExact: the difference as it is rounded.
+template <class C, bool kExact = true>
 INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   using S = Simd<C>;
   using U = typename S::U;
@@ -166,7 +166,7 @@ INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   const Vector<C> p = (r * r) * q + r;
   const U scale = (as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa));
   const Vector<C> e = (p + 1) * as<Vector<C>>(scale);
-  return s < all(S::exp_lowest) ? Vector<C>{} : e * error + e;
+  return s < all(S::exp_lowest) ? Vector<C>{} : kExact ? e * error + e : e;
 }
 
 // Calls f(offset, pointer to kChunk entries) along a row; the last, incomplete chunk is a copy padded by -inf. So an

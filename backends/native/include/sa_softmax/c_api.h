@@ -37,11 +37,20 @@ SA_SOFTMAX_EXPORT int sa_softmax_row_vjp(int dtype, int variant, int64_t axis, c
                                          const sa_softmax_array* g, const sa_softmax_array* where,
                                          const sa_softmax_array* dx, int threads);
 
-/* q_offset is read if is_causal. */
-SA_SOFTMAX_EXPORT int sa_softmax_attention(int dtype, int variant, int is_causal, int64_t q_offset, double scale,
-                                           const sa_softmax_array* q, const sa_softmax_array* k,
+/* q_offset is read if is_causal; left is that of the sliding window, or -1. */
+SA_SOFTMAX_EXPORT int sa_softmax_attention(int dtype, int variant, int is_causal, int64_t q_offset, int64_t left,
+                                           double scale, const sa_softmax_array* q, const sa_softmax_array* k,
                                            const sa_softmax_array* v, const sa_softmax_array* bias,
                                            const sa_softmax_array* mask, const sa_softmax_array* o, int threads);
+
+/* bias_grad may be null. */
+SA_SOFTMAX_EXPORT int sa_softmax_attention_vjp(int dtype, int variant, int is_causal, int64_t q_offset, int64_t left,
+                                               double scale, const sa_softmax_array* q, const sa_softmax_array* k,
+                                               const sa_softmax_array* v, const sa_softmax_array* bias,
+                                               const sa_softmax_array* mask, const sa_softmax_array* o_grad,
+                                               const sa_softmax_array* q_grad, const sa_softmax_array* k_grad,
+                                               const sa_softmax_array* v_grad, const sa_softmax_array* bias_grad,
+                                               int threads);
 
 /* The instruction set of the kernels, or null if SA_SOFTMAX_INSTRUCTION_SET names one that this processor lacks. */
 SA_SOFTMAX_EXPORT const char* sa_softmax_instruction_set(void);

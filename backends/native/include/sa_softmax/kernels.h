@@ -53,8 +53,9 @@ struct AttentionOptions {
   DType dtype = DType::float32;
   Variant variant = Variant::normalized;
   bool is_causal = false;
-  int64_t q_offset = 0;          // query i sees keys j <= i + q_offset
+  int64_t q_offset = 0;           // query i sees keys j <= i + q_offset
   std::optional<double> scale{};  // 1/sqrt(D) if absent
+  int64_t left = -1;              // sliding window: query i sees keys j >= i + q_offset - left; -1: all
 };
 
 // The shape (..., Hq, Tq, Dv) of the output, or Error.
@@ -64,6 +65,12 @@ Shape attention_shape(const Shape& q, const Shape& k, const Shape& v);
 // (..., Hq, Tq, Tk). o must not overlap an input.
 void attention(const AttentionOptions& options, const Array& q, const Array& k, const Array& v, const Array* bias,
                const Array* mask, const Array& o, const Parallel& parallel);
+
+// The gradients of sum(o_grad * attention(q, k, v)) by clause A7, each of the shape of its input; bias_grad needs a bias,
+// and may be null.
+void attention_vjp(const AttentionOptions& options, const Array& q, const Array& k, const Array& v, const Array* bias,
+                   const Array* mask, const Array& o_grad, const Array& q_grad, const Array& k_grad,
+                   const Array& v_grad, const Array* bias_grad, const Parallel& parallel);
 
 // The instruction set that the kernels use on this processor: "x86-64-v4", "x86-64-v3", "x86-64-v2" or "generic".
 // The environment variable SA_SOFTMAX_INSTRUCTION_SET chooses a lower one; Error if this processor lacks it.

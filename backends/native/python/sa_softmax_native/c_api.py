@@ -11,7 +11,7 @@ from typing import Any
 
 from sa_softmax_native import library_path
 
-__all__ = ["array", "attention", "instruction_set", "row", "row_vjp"]
+__all__ = ["array", "attention", "attention_vjp", "instruction_set", "row", "row_vjp"]
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 VARIANTS = {"normalized": 0, "product": 1}
@@ -39,9 +39,9 @@ def _check(status: int, *_: Any) -> None:
 _a = POINTER(_Array)
 _row = _function("sa_softmax_row", c_int, c_int, c_int64, _a, _a, _a, c_int)
 _row_vjp = _function("sa_softmax_row_vjp", c_int, c_int, c_int64, _a, _a, _a, _a, c_int)
-_attention = _function(
-    "sa_softmax_attention", c_int, c_int, c_int, c_int64, c_double, _a, _a, _a, _a, _a, _a, c_int
-)  # fmt: skip
+_options = (c_int, c_int, c_int, c_int64, c_int64, c_double)
+_attention = _function("sa_softmax_attention", *_options, *[_a] * 6, c_int)
+_attention_vjp = _function("sa_softmax_attention_vjp", *_options, *[_a] * 10, c_int)
 
 
 def array(data: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
@@ -61,12 +61,24 @@ def row_vjp(dtype: str, variant: str, axis: int, x: Any, g: Any, where: Any, dx:
 
 
 def attention(
-    dtype: str, variant: str, offset: int | None, scale: float,
+    dtype: str, variant: str, offset: int | None, left: int, scale: float,
     q: Any, k: Any, v: Any, bias: Any, mask: Any, o: Any, threads: int,
 ) -> None:  # fmt: skip
-    """o = attention; query i sees keys j <= i + offset, all of them if it is None. bias and mask may be None."""
-    causal = offset is not None
-    _attention(DTYPES[dtype], VARIANTS[variant], causal, offset or 0, scale, q, k, v, bias, mask, o, threads)
+    """o = attention. bias and mask may be None.
+
+    Query i sees keys j <= i + offset, unless that is None, and, with left >= 0, j >= i + (offset or 0) - left.
+    """
+    options = DTYPES[dtype], VARIANTS[variant], offset is not None, offset or 0, left, scale
+    _attention(*options, q, k, v, bias, mask, o, threads)
+
+
+def attention_vjp(
+    dtype: str, variant: str, offset: int | None, left: int, scale: float,
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, do: Any, dq: Any, dk: Any, dv: Any, dbias: Any, threads: int,
+) -> None:  # fmt: skip
+    """dq, dk, dv and, unless it is None, dbias = the gradients of sum(do * attention(q, k, v))."""
+    options = DTYPES[dtype], VARIANTS[variant], offset is not None, offset or 0, left, scale
+    _attention_vjp(*options, q, k, v, bias, mask, do, dq, dk, dv, dbias, threads)
 
 
 def instruction_set() -> str:
