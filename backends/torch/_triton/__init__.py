@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here has run on a GPU yet."""

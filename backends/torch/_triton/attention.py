@@ -1,0 +1,220 @@
+"""SA attention on a GPU: the kernels' tensors, tiles and launches (spec clauses A). Not run on a GPU yet."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sa_softmax.backends.torch._triton.attention_backward import attention_dbias, attention_dkv, attention_dq
+from sa_softmax.backends.torch._triton.attention_forward import attention_forward
+
+__all__ = ["Tiles", "attention", "attention_vjp", "supports", "tiles", "varlen", "varlen_vjp"]
+
+MAX_D = 256
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, and how Triton compiles the kernel."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel and padded head dimension, for 16-bit inputs; chosen by registers and spills of the compiled kernels
+# (docs/triton-attention.md), so still to be timed.
+_TILES = {
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
+    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 4, 1)},
+    "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 4, 1)},
+    "dbias": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
+}
+_TILES_FLOAT32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 4, 1)}
+
+
+def tiles(kernel: str, dtype: torch.dtype, d: int) -> Tiles:
+    """``d`` is the larger one of the padded head dimensions of keys and values."""
+    table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
+    return table[max(d, min(table))]
+
+
+def supports(q: Tensor, v: Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= MAX_D
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    offset: int | None, left: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and stats (..., Hq, Tq, 3): maximum of the scores, sum exp(x - maximum) and, for ``normalized``, minimum."""
+    upper, lower = _bounds(offset, left, q.shape[-2], k.shape[-2])
+    o, stats = _forward(_Shape(q, k, v, bias, mask), upper, lower, scale, variant)
+    return o.reshape(*q.shape[:-1], v.shape[-1]), stats.reshape(*q.shape[:-1], 3)
+
+
+def attention_vjp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
+    offset: int | None, left: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    upper, lower = _bounds(offset, left, q.shape[-2], k.shape[-2])
+    dq, dk, dv, dbias = _backward(_Shape(q, k, v, bias, mask), o, stats, do, upper, lower, scale, variant)
+    if bias is not None and dbias is not None:
+        if dbias.shape[0] > 1:  # the kernel sums over a batch axis that bias lacks, but not over one of several
+            dbias = dbias.reshape(*q.shape[:-3], *dbias.shape[1:])
+            dbias = dbias.sum_to_size(*[1] * (dbias.ndim - bias.ndim), *bias.shape)
+        dbias = dbias.reshape(bias.shape).to(bias.dtype)
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dbias
+
+
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    left: int, right: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (total_q, Hq, Dv) and stats (Hq, total_q, 3) of packed sequences; -1 leaves a side of the window open."""
+    shape = _packed(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
+    o, stats = _forward(shape, *_window(left, right, max_q, max_k), scale, variant)
+    return o[0].transpose(0, 1), stats[0]
+
+
+def varlen_vjp(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, o: Tensor, stats: Tensor, do: Tensor,
+    max_q: int, max_k: int, left: int, right: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = _packed(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
+    o, do = (x.transpose(0, 1).unsqueeze(0) for x in (o, do))
+    dq, dk, dv, _ = _backward(shape, o, stats, do, *_window(left, right, max_q, max_k), scale, variant)
+    dq, dk, dv = (x[0].transpose(0, 1) for x in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _bounds(offset: int | None, left: int, Tq: int, Tk: int) -> tuple[int | None, int | None]:
+    """Query i sees keys j <= i + upper and j >= i + lower, brought into 32 bits."""
+    upper = None if offset is None else min(max(offset, -Tq), Tk)
+    lower = None if left < 0 else min(max((offset or 0) - left, -Tq), Tk)
+    return upper, lower
+
+
+def _window(left: int, right: int, max_q: int, max_k: int) -> tuple[int | None, int | None]:
+    """The same relative to the last query and key of a sequence."""
+    most = max_q + max_k
+    return None if right < 0 else min(right, most), None if left < 0 else -min(left, most)
+
+
+class _Shape:
+    """The tensors with one batch axis and contiguous rows, as the kernels take them, and what follows from them."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+        self.q, self.k, self.v = (_rows(x.reshape(-1, *x.shape[-3:])) for x in (q, k, v))
+        self.bias, self.mask = (None if x is None else _option(x, q.shape[:-3]) for x in (bias, mask))
+        if self.mask is not None:
+            self.mask = self.mask.view(torch.uint8)
+        self.B, self.Hq, self.Tq, self.D = self.q.shape
+        self.Hkv, self.Tk, self.DV = k.shape[-3], k.shape[-2], v.shape[-1]
+        self.cu: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.sequences = self.B
+
+    @property
+    def rows(self) -> int:
+        """Queries in a head of the tensor q."""
+        return self.q.shape[2]
+
+    def options(self, kernel: str, upper: int | None, lower: int | None, variant: str) -> dict[str, Any]:
+        DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (self.D, self.DV))
+        BM, BN, warps, stages = tiles(kernel, self.q.dtype, max(DP, DVP))
+        return {
+            "VARIANT": variant, "CAUSAL": upper is not None, "WINDOW": lower is not None,
+            "BIAS": self.bias is not None, "MASK": self.mask is not None, "VARLEN": self.cu[0] is not None,
+            "D": self.D, "DP": DP, "DV": self.DV, "DVP": DVP, "BM": BM, "BN": BN,
+            "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int
+) -> _Shape:  # fmt: skip
+    shape = _Shape(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)))
+    shape.cu = (cu_seq_q, cu_seq_k)
+    shape.sequences, shape.Tq, shape.Tk = cu_seq_q.shape[0] - 1, max_q, max_k
+    return shape
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _option(x: Tensor, batch: torch.Size) -> Tensor:
+    """bias or mask as (1 or B, 1 or Hq, 1 or Tq, 1 or Tk)."""
+    x = x.reshape(*[1] * (len(batch) + 3 - x.ndim), *x.shape)
+    if x.shape[:-3].numel() > 1:
+        x = x.expand(*batch, *x.shape[-3:])
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Those of an option, 0 along axes that repeat."""
+    return (0, 0, 0, 0) if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def _forward(
+    s: _Shape, upper: int | None, lower: int | None, scale: float, variant: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o = s.q.new_empty((s.B, s.rows, s.Hq, s.DV)).transpose(1, 2) if s.cu[0] is not None else s.q.new_empty(
+        (s.B, s.Hq, s.rows, s.DV)
+    )
+    stats = s.q.new_empty((s.B, s.Hq, s.rows, 3), dtype=torch.float32)
+    options = s.options("forward", upper, lower, variant)
+    n = triton.cdiv(s.Tq, options["BM"])
+    if n * s.sequences * s.Hq:
+        attention_forward[(n * s.sequences * s.Hq,)](
+            s.q, s.k, s.v, s.bias, s.mask, *s.cu, o, stats,
+            *s.q.stride()[:3], *s.k.stride()[:3], *s.v.stride()[:3], *o.stride()[:3],
+            *_strides(s.bias), *_strides(s.mask),
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, n, upper or 0, lower or 0, scale, **options,
+        )  # fmt: skip
+    return o, stats
+
+
+def _backward(
+    s: _Shape, o: Tensor, stats: Tensor, do: Tensor, upper: int | None, lower: int | None, scale: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    o, do = (_rows(x.reshape(s.B, s.Hq, s.rows, s.DV)) for x in (o, do))
+    dq, dk, dv = (torch.empty_like(x) for x in (s.q, s.k, s.v))
+    dbias = None if s.bias is None else s.bias.new_zeros(s.bias.shape, dtype=torch.float32)
+    stats = stats.contiguous()
+    rows = s.B * s.Hq * s.rows
+    terms = s.q.new_empty((3, rows), dtype=torch.float32)
+    places = s.q.new_empty((2, rows), dtype=torch.int32)
+    options = s.options("dq", upper, lower, variant)
+    inputs = (s.q, s.k, s.v, s.bias, s.mask)
+    strides = (*s.q.stride()[:3], *s.k.stride()[:3], *s.v.stride()[:3])
+    optional = (*_strides(s.bias), *_strides(s.mask))
+    bounds = (upper or 0, lower or 0, scale)
+    n = triton.cdiv(s.Tq, options["BM"])
+    if n * s.sequences * s.Hq:
+        attention_dq[(n * s.sequences * s.Hq,)](
+            *inputs, *s.cu, o, stats, do, dq, terms, places,
+            *strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *optional,
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds, **options,
+        )  # fmt: skip
+    options = s.options("dkv", upper, lower, variant)
+    n = triton.cdiv(s.Tk, options["BN"])
+    if n * s.sequences * s.Hkv:
+        attention_dkv[(n * s.sequences * s.Hkv,)](
+            *inputs, *s.cu, stats, do, dk, dv, terms, places,
+            *strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *optional,
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds, **options,
+        )  # fmt: skip
+    if s.bias is not None and dbias is not None and s.B * s.Hq * s.Tq * s.Tk:
+        options = s.options("dbias", upper, lower, variant)
+        over = [a == 1 and b > 1 for a, b in zip(s.bias.shape, (s.B, s.Hq, s.Tq, s.Tk), strict=True)]
+        b, h, i, j = s.bias.shape
+        ti, tj = triton.cdiv(i, options["BM"]), triton.cdiv(j, options["BN"])
+        del options["BIAS"], options["VARLEN"]
+        attention_dbias[(b * h * ti * tj,)](
+            *inputs, stats, do, dbias, terms, places, *strides, *do.stride()[:3], *optional, *_strides(dbias),
+            s.B, s.Hq, s.Hkv, s.Tq, s.Tk, rows, *bounds, ti, tj, h, **options,
+            **dict(zip(("OVER_B", "OVER_H", "OVER_I", "OVER_J"), over, strict=True)),
+        )  # fmt: skip
+    return dq, dk, dv, dbias

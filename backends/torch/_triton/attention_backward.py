@@ -1,0 +1,437 @@
+"""SA attention in Triton, backward. Not run on a GPU yet; docs/triton-attention.md has the derivation.
+
+With p, a, R, D, S of a row and g = dO V^T, the gradient of the scores is dx = p (g a - D) + g p / R, plus at one
+minimal key (D - S) / R if the minimum is below 0, and at one maximal key -D / R if the maximum is above 0 (G2, A8).
+``product``: dx = p (g x - D) + g p.
+
+:func:`attention_dq` runs first. Inside its walk D = rowsum(dO * O); at its end it knows D and S as sums over its own
+tiles, and the two extremal keys. It leaves D, the extremal terms and the keys' indices in rows of ``terms`` and
+``places``, where :func:`attention_dkv` and :func:`attention_dbias` find the terms by comparing indices. Each sum has
+one owner and a fixed order: no atomics, and the same bits in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from sa_softmax.backends.torch._triton.attention_tiles import (
+    bad_rows,
+    factor,
+    finite,
+    infinite,
+    key_ranges,
+    load_tile,
+    participating,
+    place,
+    product,
+    query_ranges,
+    store_nan,
+    store_tile,
+)
+
+__all__ = ["attention_dbias", "attention_dkv", "attention_dq"]
+
+_INF = tl.constexpr(float("inf"))
+_NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _row_stats(stats, i, Tq, VARIANT: tl.constexpr):
+    """Of the rows i: unit, shift and c of the factor, unit * c = 1 / R, the maximum as exp takes it, and 1 / l."""
+    each = i < Tq
+    mx = tl.load(stats + i * 3, mask=each, other=-_INF)
+    l = tl.load(stats + i * 3 + 1, mask=each, other=0.0)
+    mn = tl.load(stats + i * 3 + 2, mask=each, other=_INF)
+    unit, shift, c = factor(mn, mx, VARIANT)
+    return unit, shift, c, unit * c, tl.where(mx == -_INF, 0.0, mx), tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
+
+
+@triton.jit
+def _terms(terms, places, i, Tq, rows, VARIANT: tl.constexpr):
+    """Of the rows i: D, the terms at minimum and maximum, and the keys that have them."""
+    each = i < Tq
+    D = tl.load(terms + i, mask=each, other=0.0)
+    if VARIANT == "product":
+        return D, D, D, i, i
+    to_lo = tl.load(terms + rows + i, mask=each, other=0.0)
+    to_hi = tl.load(terms + 2 * rows + i, mask=each, other=0.0)
+    at_lo = tl.load(places + i, mask=each, other=-1)
+    at_hi = tl.load(places + rows + i, mask=each, other=-1)
+    return D, to_lo, to_hi, at_lo, at_hi
+
+
+@triton.jit
+def _dx(gp, p, a, inverse, D, VARIANT: tl.constexpr):
+    """Without the extremal terms. gp = g * p, ``inverse`` = 1 / R."""
+    if VARIANT == "product":
+        return gp * (a + 1) - p * D
+    return gp * (a + inverse) - p * D
+
+
+@triton.jit
+def _dq(
+    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, q, k, v, do, D_row, unit, shift, c, inverse, m, norm,
+    begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    for start in range(begin, end, BN):
+        kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
+        vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
+        j = start + tl.arange(0, BN)
+        x, on = participating(
+            product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
+            bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
+        )  # fmt: skip
+        p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
+        gp = tl.where(on, product(do, tl.trans(vt)) * p, 0.0)
+        a = (x * unit[:, None] - shift[:, None]) * c[:, None]
+        sum_gpa += tl.sum(tl.where(on, gp * a, 0.0), 1)
+        if VARIANT == "normalized":
+            sum_gp += tl.sum(gp, 1)
+            if not CAREFUL:
+                low = tl.where(on, x, _INF)
+                high = tl.where(on, x, -_INF)
+                least = tl.min(low, 1)
+                most = tl.max(high, 1)
+                here = tl.min(tl.where(low == least[:, None], j[None, :], _NOWHERE), 1)
+                at_lo = tl.where(least < mn, here, at_lo)
+                here = tl.min(tl.where(high == most[:, None], j[None, :], _NOWHERE), 1)
+                at_hi = tl.where(most > mx, here, at_hi)
+                mn = tl.minimum(mn, least)
+                mx = tl.maximum(mx, most)
+        dx = tl.where(on, _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT), 0.0)
+        if CAREFUL:
+            kt = finite(kt)
+        acc += product(dx.to(kt.dtype), kt)
+    return acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
+def attention_dq(
+    q, k, v, bias, mask, cu_q, cu_k, o, stats, do, dq, terms, places,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
+    bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
+    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale,
+    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    VARLEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile, b, h, start_q, start_k, Tq, Tk, upper, lower = place(
+        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, False
+    )
+    row = (tiles - 1 - tile) * BM  # causal: the longest first
+    if row >= Tq:
+        return
+    hk = h // (Hq // Hkv)
+    q += b * q_b + tl.cast(h, tl.int64) * q_h + tl.cast(start_q, tl.int64) * q_t
+    k += b * k_b + tl.cast(hk, tl.int64) * k_h + tl.cast(start_k, tl.int64) * k_t
+    v += b * v_b + tl.cast(hk, tl.int64) * v_h + tl.cast(start_k, tl.int64) * v_t
+    o += b * o_b + tl.cast(h, tl.int64) * o_h + tl.cast(start_q, tl.int64) * o_t
+    do += b * do_b + tl.cast(h, tl.int64) * do_h + tl.cast(start_q, tl.int64) * do_t
+    dq += b * dq_b + tl.cast(h, tl.int64) * dq_h + tl.cast(start_q, tl.int64) * dq_t
+    first = (b * Hq + h) * total_q + start_q
+    stats += first * 3
+    terms += first
+    places += first
+    if BIAS:
+        bias += b * bias_b + tl.cast(h, tl.int64) * bias_h
+    if MASK:
+        mask += b * mask_b + tl.cast(h, tl.int64) * mask_h
+
+    i = row + tl.arange(0, BM)
+    qt = load_tile(q, row, q_t, Tq, BM, D, DP, True)
+    dot = load_tile(do, row, do_t, Tq, BM, DV, DVP, True)
+    ot = load_tile(o, row, o_t, Tq, BM, DV, DVP, True)
+    D_row = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
+    unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
+    begin, whole, cut, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
+    acc = tl.zeros((BM, DP), tl.float32)
+    sum_gpa = tl.zeros((BM,), tl.float32)
+    sum_gp = tl.zeros((BM,), tl.float32)
+    mn = tl.full((BM,), _INF, tl.float32)
+    mx = tl.full((BM,), -_INF, tl.float32)
+    at_lo = tl.full((BM,), -1, tl.int32)
+    at_hi = tl.full((BM,), -1, tl.int32)
+    if WINDOW:
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        )  # fmt: skip
+    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+        whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+        VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+    )  # fmt: skip
+    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+        cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+        VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+    )  # fmt: skip
+
+    each = i < Tq
+    tl.store(terms + i, sum_gpa, mask=each)
+    d = tl.arange(0, DP)[None, :]
+    extremal = tl.zeros((BM, DP), tl.float32)
+    if VARIANT == "normalized":
+        to_lo = tl.where(mn < 0, (sum_gpa - sum_gp) * inverse, 0.0)
+        to_hi = tl.where(mx > 0, -sum_gpa * inverse, 0.0)
+        tl.store(terms + rows + i, to_lo, mask=each)
+        tl.store(terms + 2 * rows + i, to_hi, mask=each)
+        tl.store(places + i, at_lo, mask=each)
+        tl.store(places + rows + i, at_hi, mask=each)
+        keep = (to_lo != 0)[:, None] & (d < D)
+        kt = tl.load(k + tl.cast(tl.maximum(at_lo, 0), tl.int64)[:, None] * k_t + d, mask=keep, other=0.0)
+        extremal += to_lo[:, None] * kt.to(tl.float32)
+        keep = (to_hi != 0)[:, None] & (d < D)
+        kt = tl.load(k + tl.cast(tl.maximum(at_hi, 0), tl.int64)[:, None] * k_t + d, mask=keep, other=0.0)
+        extremal += to_hi[:, None] * kt.to(tl.float32)
+    acc = (acc + extremal) * scale
+    store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
+    bad = bad_rows(acc)
+    if tl.max(bad.to(tl.int32), 0) > 0:
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+            extremal, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        )  # fmt: skip
+        store_tile(dq, row, dq_t, Tq, acc * scale, bad, BM, D, DP)
+
+
+@triton.jit
+def _dkv(
+    dk, dv, q, k, v, do, stats, terms, places, rows,
+    begin, end, j, Tq, Tk, stride_q, stride_do, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Tiles are (keys, queries) here, so that dx and y need no transposition before they multiply."""
+    for start in range(begin, end, BM):
+        qt = load_tile(q, start, stride_q, Tq, BM, D, DP, EDGE)
+        dot = load_tile(do, start, stride_do, Tq, BM, DV, DVP, EDGE)
+        i = start + tl.arange(0, BM)
+        unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
+        D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, i, Tq, rows, VARIANT)
+        x, on = participating(
+            product(k, tl.trans(qt)) * scale, i[None, :], j[:, None], Tq, Tk, upper, lower,
+            bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
+        )  # fmt: skip
+        p = tl.where(on, tl.exp(x - m[None, :]) * norm[None, :], 0.0)
+        a = (x * unit[None, :] - shift[None, :]) * c[None, :]
+        y = tl.where(on, a * p, 0.0).to(dot.dtype)
+        dv += product(y, finite(dot) if CAREFUL else dot)
+        gp = product(v, tl.trans(dot)) * p
+        dx = _dx(gp, p, a, inverse[None, :], D_row[None, :], VARIANT)
+        if VARIANT == "normalized":
+            dx += tl.where(j[:, None] == at_lo[None, :], to_lo[None, :], 0.0)
+            dx += tl.where(j[:, None] == at_hi[None, :], to_hi[None, :], 0.0)
+        dx = tl.where(on, dx, 0.0).to(qt.dtype)
+        if CAREFUL:
+            qt = finite(qt)
+        dk += product(dx, qt)
+    return dk, dv
+
+
+@triton.jit
+def _poison(
+    acc, q, k, do, begin, end, j, Tq, Tk, stride_q, stride_do, upper, lower, scale,
+    bias, bias_i, bias_j, mask, mask_i, mask_j,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """acc += the number of queries for which the key takes part and do is NaN or infinite."""
+    for start in range(begin, end, BM):
+        qt = load_tile(q, start, stride_q, Tq, BM, D, DP, True)
+        dot = load_tile(do, start, stride_do, Tq, BM, DV, DVP, True)
+        i = start + tl.arange(0, BM)
+        _, on = participating(
+            product(k, tl.trans(qt)) * scale, i[None, :], j[:, None], Tq, Tk, upper, lower,
+            bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK,
+        )  # fmt: skip
+        acc += product(on.to(dot.dtype), infinite(dot))
+    return acc
+
+
+@triton.jit
+def _dkv_of_group(
+    CAREFUL: tl.constexpr, q, kt, vt, bias, mask, stats, do, terms, places,
+    q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
+    G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
+    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, summed over the query heads of the group, of which the pointers name the first."""
+    dk = tl.zeros((BN, DP), tl.float32)
+    dv = tl.zeros((BN, DVP), tl.float32)
+    for _ in range(G):
+        if CAREFUL:
+            dk, dv = _dkv(
+                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+            )  # fmt: skip
+        else:
+            if CAUSAL:
+                dk, dv = _dkv(
+                    dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                    begin, whole, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+                    VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+                )  # fmt: skip
+            dk, dv = _dkv(
+                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                whole, cut, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+            )  # fmt: skip
+            dk, dv = _dkv(
+                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                cut, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+            )  # fmt: skip
+        q += q_h
+        do += do_h
+        stats += total_q * 3
+        terms += total_q
+        places += total_q
+        if BIAS:
+            bias += bias_h
+        if MASK:
+            mask += mask_h
+    return dk * scale, dv
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
+def attention_dkv(
+    q, k, v, bias, mask, cu_q, cu_k, stats, do, dk, dv, terms, places,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
+    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale,
+    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    VARLEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile, b, hk, start_q, start_k, Tq, Tk, upper, lower = place(
+        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, True
+    )
+    row = tile * BN
+    if row >= Tk:
+        return
+    G = Hq // Hkv
+    h = tl.cast(hk, tl.int64) * G
+    q += b * q_b + h * q_h + tl.cast(start_q, tl.int64) * q_t
+    do += b * do_b + h * do_h + tl.cast(start_q, tl.int64) * do_t
+    k += b * k_b + tl.cast(hk, tl.int64) * k_h + tl.cast(start_k, tl.int64) * k_t
+    v += b * v_b + tl.cast(hk, tl.int64) * v_h + tl.cast(start_k, tl.int64) * v_t
+    dk += b * dk_b + tl.cast(hk, tl.int64) * dk_h + tl.cast(start_k, tl.int64) * dk_t
+    dv += b * dv_b + tl.cast(hk, tl.int64) * dv_h + tl.cast(start_k, tl.int64) * dv_t
+    first = (b * Hq + h) * total_q + start_q
+    stats += first * 3
+    terms += first
+    places += first
+    if BIAS:
+        bias += b * bias_b + h * bias_h
+    if MASK:
+        mask += b * mask_b + h * mask_h
+
+    j = row + tl.arange(0, BN)
+    each = j < Tk
+    kt = load_tile(k, row, k_t, Tk, BN, D, DP, True)
+    vt = load_tile(v, row, v_t, Tk, BN, DV, DVP, True)
+    begin, whole, cut, end = query_ranges(row, Tq, upper, lower, CAUSAL, WINDOW, BM, BN)
+    dkt, dvt = _dkv_of_group(
+        False, q, kt, vt, bias, mask, stats, do, terms, places,
+        q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
+        G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
+        VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
+    )  # fmt: skip
+    store_tile(dk, row, dk_t, Tk, dkt, each, BN, D, DP)
+    store_tile(dv, row, dv_t, Tk, dvt, each, BN, DV, DVP)
+    bad = bad_rows(dkt) | bad_rows(dvt)
+    if tl.max(bad.to(tl.int32), 0) > 0:
+        dkt, dvt = _dkv_of_group(
+            True, q, kt, vt, bias, mask, stats, do, terms, places,
+            q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
+            G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
+            VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
+        )  # fmt: skip
+        store_tile(dk, row, dk_t, Tk, dkt, bad, BN, D, DP)
+        store_tile(dv, row, dv_t, Tk, dvt, bad, BN, DV, DVP)
+        poison = tl.zeros((BN, DVP), tl.float32)
+        for _ in range(G):
+            poison = _poison(
+                poison, q, kt, do, begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+            )  # fmt: skip
+            q += q_h
+            do += do_h
+            if BIAS:
+                bias += bias_h
+            if MASK:
+                mask += mask_h
+        store_nan(dv, row, dv_t, Tk, poison, bad, BN, DV, DVP)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower"])
+def attention_dbias(
+    q, k, v, bias, mask, stats, do, dbias, terms, places,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,
+    bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, dbias_b, dbias_h, dbias_i, dbias_j,
+    B, Hq, Hkv, Tq, Tk, rows, upper, lower, scale, tiles_i, tiles_j, heads,
+    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+    OVER_B: tl.constexpr, OVER_H: tl.constexpr, OVER_I: tl.constexpr, OVER_J: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of dbias: dx, summed over batches, heads, queries and keys, in this order, where bias has one for all."""
+    pid = tl.program_id(0)
+    tj = pid % tiles_j
+    ti = pid // tiles_j % tiles_i
+    h0 = tl.cast(pid // tiles_j // tiles_i % heads, tl.int64)
+    b0 = tl.cast(pid // tiles_j // tiles_i // heads, tl.int64)
+    n_b = B if OVER_B else 1
+    n_h = Hq if OVER_H else 1
+    n_i = (Tq + BM - 1) // BM if OVER_I else 1
+    n_j = (Tk + BN - 1) // BN if OVER_J else 1
+    acc = tl.zeros((BM, BN), tl.float32)
+    for db in range(n_b):
+        b = b0 + db
+        for dh in range(n_h):
+            h = h0 + dh
+            hk = h // (Hq // Hkv)
+            first = (b * Hq + h) * Tq
+            for di in range(n_i):
+                row = (ti + di) * BM
+                i = row + tl.arange(0, BM)
+                qt = load_tile(q + b * q_b + h * q_h, row, q_t, Tq, BM, D, DP, True)
+                dot = load_tile(do + b * do_b + h * do_h, row, do_t, Tq, BM, DV, DVP, True)
+                unit, shift, c, inverse, m, norm = _row_stats(stats + first * 3, i, Tq, VARIANT)
+                D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms + first, places + first, i, Tq, rows, VARIANT)
+                for dj in range(n_j):
+                    start = (tj + dj) * BN
+                    j = start + tl.arange(0, BN)
+                    kt = load_tile(k + b * k_b + hk * k_h, start, k_t, Tk, BN, D, DP, True)
+                    vt = load_tile(v + b * v_b + hk * v_h, start, v_t, Tk, BN, DV, DVP, True)
+                    x, on = participating(
+                        product(qt, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
+                        bias + b * bias_b + h * bias_h, bias_i, bias_j, mask + b * mask_b + h * mask_h if MASK else mask,
+                        mask_i, mask_j, True, CAUSAL, WINDOW, True, MASK,
+                    )  # fmt: skip
+                    p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
+                    gp = product(dot, tl.trans(vt)) * p
+                    a = (x * unit[:, None] - shift[:, None]) * c[:, None]
+                    dx = _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT)
+                    if VARIANT == "normalized":
+                        dx += tl.where(j[None, :] == at_lo[:, None], to_lo[:, None], 0.0)
+                        dx += tl.where(j[None, :] == at_hi[:, None], to_hi[:, None], 0.0)
+                    acc += tl.where(on, dx, 0.0)
+    i = ti * BM + tl.arange(0, BM)
+    j = tj * BN + tl.arange(0, BN)
+    keep = (i < Tq)[:, None] & (j < Tk)[None, :]
+    if OVER_I:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], (BM, BN))
+        keep = keep & (i == 0)[:, None]
+    if OVER_J:
+        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], (BM, BN))
+        keep = keep & (j == 0)[None, :]
+    at = dbias + b0 * dbias_b + h0 * dbias_h + tl.cast(i, tl.int64)[:, None] * dbias_i + tl.cast(j, tl.int64)[None, :] * dbias_j
+    tl.store(at, acc.to(dbias.dtype.element_ty), mask=keep)
