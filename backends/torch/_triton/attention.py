@@ -127,7 +127,7 @@ class _Shape:
             "VARIANT": variant, "CAUSAL": upper is not None, "WINDOW": lower is not None,
             "BIAS": self.bias is not None, "MASK": self.mask is not None, "VARLEN": self.cu[0] is not None,
             "D": self.D, "DP": DP, "DV": self.DV, "DVP": DVP, "BM": BM, "BN": BN,
-            "num_warps": warps, "num_stages": stages,
+            "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
 
@@ -157,22 +157,36 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def _launch(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], careful: dict[str, Any]
+) -> None:  # fmt: skip
+    """The kernel, and once more, CAREFUL, for the programs whose results are not finite."""
+    if programs:
+        flags = arguments[0].new_empty(programs, dtype=torch.int32)
+        kernel[(programs,)](*arguments, flags, CAREFUL=False, **options)
+        kernel[(programs,)](*arguments, flags, CAREFUL=True, **(options | careful | {"num_stages": 1}))
+
+
 def _forward(
     s: _Shape, upper: int | None, lower: int | None, scale: float, variant: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o = s.q.new_empty((s.B, s.rows, s.Hq, s.DV)).transpose(1, 2) if s.cu[0] is not None else s.q.new_empty(
-        (s.B, s.Hq, s.rows, s.DV)
+    o = (
+        s.q.new_empty((s.B, s.rows, s.Hq, s.DV)).transpose(1, 2)
+        if s.cu[0] is not None
+        else s.q.new_empty((s.B, s.Hq, s.rows, s.DV))
     )
     stats = s.q.new_empty((s.B, s.Hq, s.rows, 3), dtype=torch.float32)
     options = s.options("forward", upper, lower, variant)
     n = triton.cdiv(s.Tq, options["BM"])
-    if n * s.sequences * s.Hq:
-        attention_forward[(n * s.sequences * s.Hq,)](
+    _launch(
+        attention_forward, n * s.sequences * s.Hq,
+        (
             s.q, s.k, s.v, s.bias, s.mask, *s.cu, o, stats,
             *s.q.stride()[:3], *s.k.stride()[:3], *s.v.stride()[:3], *o.stride()[:3],
             *_strides(s.bias), *_strides(s.mask),
-            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, n, upper or 0, lower or 0, scale, **options,
-        )  # fmt: skip
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, n, upper or 0, lower or 0, scale,
+        ), options, {"BN": min(32, options["BN"])},
+    )  # fmt: skip
     return o, stats
 
 
@@ -192,20 +206,24 @@ def _backward(
     optional = (*_strides(s.bias), *_strides(s.mask))
     bounds = (upper or 0, lower or 0, scale)
     n = triton.cdiv(s.Tq, options["BM"])
-    if n * s.sequences * s.Hq:
-        attention_dq[(n * s.sequences * s.Hq,)](
+    _launch(
+        attention_dq, n * s.sequences * s.Hq,
+        (
             *inputs, *s.cu, o, stats, do, dq, terms, places,
             *strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *optional,
-            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds, **options,
-        )  # fmt: skip
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds,
+        ), options, {"BN": min(32, options["BN"])},
+    )  # fmt: skip
     options = s.options("dkv", upper, lower, variant)
     n = triton.cdiv(s.Tk, options["BN"])
-    if n * s.sequences * s.Hkv:
-        attention_dkv[(n * s.sequences * s.Hkv,)](
+    _launch(
+        attention_dkv, n * s.sequences * s.Hkv,
+        (
             *inputs, *s.cu, stats, do, dk, dv, terms, places,
             *strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *optional,
-            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds, **options,
-        )  # fmt: skip
+            s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds,
+        ), options, {"BM": min(32, options["BM"])},
+    )  # fmt: skip
     if s.bias is not None and dbias is not None and s.B * s.Hq * s.Tq * s.Tk:
         options = s.options("dbias", upper, lower, variant)
         over = [a == 1 and b > 1 for a, b in zip(s.bias.shape, (s.B, s.Hq, s.Tq, s.Tk), strict=True)]

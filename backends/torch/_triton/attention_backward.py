@@ -10,6 +10,7 @@ tiles, and the two extremal keys. It leaves D, the extremal terms and the keys' 
 one owner and a fixed order: no atomics, and the same bits in every run.
 """
 
+# ruff: noqa: E741, SIM102 - l is the literature's name; conditions on constants stand alone
 import triton
 import triton.language as tl
 
@@ -24,7 +25,6 @@ from sa_softmax.backends.torch._triton.attention_tiles import (
     place,
     product,
     query_ranges,
-    store_nan,
     store_tile,
 )
 
@@ -65,6 +65,18 @@ def _dx(gp, p, a, inverse, D, VARIANT: tl.constexpr):
     if VARIANT == "product":
         return gp * (a + 1) - p * D
     return gp * (a + inverse) - p * D
+
+
+@triton.jit
+def _extremal(acc, k, stride_k, to_lo, to_hi, at_lo, at_hi, D: tl.constexpr, DP: tl.constexpr):
+    """acc and the terms of the two extremal keys, gathered from k."""
+    d = tl.arange(0, DP)[None, :]
+    keep = (to_lo != 0)[:, None] & (d < D)
+    kt = tl.load(k + tl.cast(tl.maximum(at_lo, 0), tl.int64)[:, None] * stride_k + d, mask=keep, other=0.0)
+    acc += to_lo[:, None] * kt.to(tl.float32)
+    keep = (to_hi != 0)[:, None] & (d < D)
+    kt = tl.load(k + tl.cast(tl.maximum(at_hi, 0), tl.int64)[:, None] * stride_k + d, mask=keep, other=0.0)
+    return acc + to_hi[:, None] * kt.to(tl.float32)
 
 
 @triton.jit
@@ -112,11 +124,15 @@ def attention_dq(
     q, k, v, bias, mask, cu_q, cu_k, o, stats, do, dq, terms, places,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
-    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale,
-    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    VARLEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale, flags,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    flags += tl.program_id(0)
+    if CAREFUL:
+        if tl.load(flags) == 0:
+            return
     tile, b, h, start_q, start_k, Tq, Tk, upper, lower = place(
         tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, False
     )
@@ -147,56 +163,54 @@ def attention_dq(
     unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
     begin, whole, cut, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
     acc = tl.zeros((BM, DP), tl.float32)
+    each = i < Tq
     sum_gpa = tl.zeros((BM,), tl.float32)
     sum_gp = tl.zeros((BM,), tl.float32)
     mn = tl.full((BM,), _INF, tl.float32)
     mx = tl.full((BM,), -_INF, tl.float32)
     at_lo = tl.full((BM,), -1, tl.int32)
     at_hi = tl.full((BM,), -1, tl.int32)
-    if WINDOW:
+    if CAREFUL:
+        bad = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
+        if VARIANT == "normalized":
+            _, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, i, Tq, rows, VARIANT)
+            acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
         acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
             acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
-            begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
-        whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-        VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-    )  # fmt: skip
-    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
-        cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-        VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-    )  # fmt: skip
-
-    each = i < Tq
-    tl.store(terms + i, sum_gpa, mask=each)
-    d = tl.arange(0, DP)[None, :]
-    extremal = tl.zeros((BM, DP), tl.float32)
-    if VARIANT == "normalized":
-        to_lo = tl.where(mn < 0, (sum_gpa - sum_gp) * inverse, 0.0)
-        to_hi = tl.where(mx > 0, -sum_gpa * inverse, 0.0)
-        tl.store(terms + rows + i, to_lo, mask=each)
-        tl.store(terms + 2 * rows + i, to_hi, mask=each)
-        tl.store(places + i, at_lo, mask=each)
-        tl.store(places + rows + i, at_hi, mask=each)
-        keep = (to_lo != 0)[:, None] & (d < D)
-        kt = tl.load(k + tl.cast(tl.maximum(at_lo, 0), tl.int64)[:, None] * k_t + d, mask=keep, other=0.0)
-        extremal += to_lo[:, None] * kt.to(tl.float32)
-        keep = (to_hi != 0)[:, None] & (d < D)
-        kt = tl.load(k + tl.cast(tl.maximum(at_hi, 0), tl.int64)[:, None] * k_t + d, mask=keep, other=0.0)
-        extremal += to_hi[:, None] * kt.to(tl.float32)
-    acc = (acc + extremal) * scale
-    store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
-    bad = bad_rows(acc)
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            extremal, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
         store_tile(dq, row, dq_t, Tq, acc * scale, bad, BM, D, DP)
+    else:
+        if WINDOW:
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+                acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+                begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            )  # fmt: skip
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        )  # fmt: skip
+        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        )  # fmt: skip
+
+        tl.store(terms + i, sum_gpa, mask=each)
+        if VARIANT == "normalized":
+            to_lo = tl.where(mn < 0, (sum_gpa - sum_gp) * inverse, 0.0)
+            to_hi = tl.where(mx > 0, -sum_gpa * inverse, 0.0)
+            tl.store(terms + rows + i, to_lo, mask=each)
+            tl.store(terms + 2 * rows + i, to_hi, mask=each)
+            tl.store(places + i, at_lo, mask=each)
+            tl.store(places + rows + i, at_hi, mask=each)
+            acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
+        acc *= scale
+        store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
+        tl.store(flags, tl.max(bad_rows(acc).to(tl.int32), 0))
 
 
 @triton.jit
@@ -207,7 +221,7 @@ def _dkv(
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are (keys, queries) here, so that dx and y need no transposition before they multiply."""
+    """Tiles are (queries, keys) here too: what belongs to a query then takes a thread a few registers, not dozens."""
     for start in range(begin, end, BM):
         qt = load_tile(q, start, stride_q, Tq, BM, D, DP, EDGE)
         dot = load_tile(do, start, stride_do, Tq, BM, DV, DVP, EDGE)
@@ -215,22 +229,22 @@ def _dkv(
         unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
         D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, i, Tq, rows, VARIANT)
         x, on = participating(
-            product(k, tl.trans(qt)) * scale, i[None, :], j[:, None], Tq, Tk, upper, lower,
+            product(qt, tl.trans(k)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        p = tl.where(on, tl.exp(x - m[None, :]) * norm[None, :], 0.0)
-        a = (x * unit[None, :] - shift[None, :]) * c[None, :]
+        p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
+        a = (x * unit[:, None] - shift[:, None]) * c[:, None]
         y = tl.where(on, a * p, 0.0).to(dot.dtype)
-        dv += product(y, finite(dot) if CAREFUL else dot)
-        gp = product(v, tl.trans(dot)) * p
-        dx = _dx(gp, p, a, inverse[None, :], D_row[None, :], VARIANT)
+        dv += product(tl.trans(y), finite(dot) if CAREFUL else dot)
+        gp = product(dot, tl.trans(v)) * p
+        dx = _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT)
         if VARIANT == "normalized":
-            dx += tl.where(j[:, None] == at_lo[None, :], to_lo[None, :], 0.0)
-            dx += tl.where(j[:, None] == at_hi[None, :], to_hi[None, :], 0.0)
+            dx += tl.where(j[None, :] == at_lo[:, None], to_lo[:, None], 0.0)
+            dx += tl.where(j[None, :] == at_hi[:, None], to_hi[:, None], 0.0)
         dx = tl.where(on, dx, 0.0).to(qt.dtype)
         if CAREFUL:
             qt = finite(qt)
-        dk += product(dx, qt)
+        dk += product(tl.trans(dx), qt)
     return dk, dv
 
 
@@ -306,11 +320,15 @@ def attention_dkv(
     q, k, v, bias, mask, cu_q, cu_k, stats, do, dk, dv, terms, places,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
-    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale,
-    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    VARLEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale, flags,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    flags += tl.program_id(0)
+    if CAREFUL:
+        if tl.load(flags) == 0:
+            return
     tile, b, hk, start_q, start_k, Tq, Tk, upper, lower = place(
         tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, True
     )
@@ -340,23 +358,14 @@ def attention_dkv(
     vt = load_tile(v, row, v_t, Tk, BN, DV, DVP, True)
     begin, whole, cut, end = query_ranges(row, Tq, upper, lower, CAUSAL, WINDOW, BM, BN)
     dkt, dvt = _dkv_of_group(
-        False, q, kt, vt, bias, mask, stats, do, terms, places,
+        CAREFUL, q, kt, vt, bias, mask, stats, do, terms, places,
         q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
         G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
         VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
     )  # fmt: skip
-    store_tile(dk, row, dk_t, Tk, dkt, each, BN, D, DP)
-    store_tile(dv, row, dv_t, Tk, dvt, each, BN, DV, DVP)
-    bad = bad_rows(dkt) | bad_rows(dvt)
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        dkt, dvt = _dkv_of_group(
-            True, q, kt, vt, bias, mask, stats, do, terms, places,
-            q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
-            G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
-            VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
-        )  # fmt: skip
-        store_tile(dk, row, dk_t, Tk, dkt, bad, BN, D, DP)
-        store_tile(dv, row, dv_t, Tk, dvt, bad, BN, DV, DVP)
+    if CAREFUL:
+        each = bad_rows(load_tile(dk, row, dk_t, Tk, BN, D, DP, True).to(tl.float32))
+        each = each | bad_rows(load_tile(dv, row, dv_t, Tk, BN, DV, DVP, True).to(tl.float32))
         poison = tl.zeros((BN, DVP), tl.float32)
         for _ in range(G):
             poison = _poison(
@@ -369,7 +378,11 @@ def attention_dkv(
                 bias += bias_h
             if MASK:
                 mask += mask_h
-        store_nan(dv, row, dv_t, Tk, poison, bad, BN, DV, DVP)
+        dvt = tl.where(poison > 0, float("nan"), dvt)
+    store_tile(dk, row, dk_t, Tk, dkt, each, BN, D, DP)
+    store_tile(dv, row, dv_t, Tk, dvt, each, BN, DV, DVP)
+    if not CAREFUL:
+        tl.store(flags, tl.max((bad_rows(dkt) | bad_rows(dvt)).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower"])
@@ -413,8 +426,8 @@ def attention_dbias(
                     vt = load_tile(v + b * v_b + hk * v_h, start, v_t, Tk, BN, DV, DVP, True)
                     x, on = participating(
                         product(qt, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
-                        bias + b * bias_b + h * bias_h, bias_i, bias_j, mask + b * mask_b + h * mask_h if MASK else mask,
-                        mask_i, mask_j, True, CAUSAL, WINDOW, True, MASK,
+                        bias + b * bias_b + h * bias_h, bias_i, bias_j,
+                        mask + b * mask_b + h * mask_h if MASK else mask, mask_i, mask_j, True, CAUSAL, WINDOW, True, MASK,
                     )  # fmt: skip
                     p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
                     gp = product(dot, tl.trans(vt)) * p
@@ -433,5 +446,11 @@ def attention_dbias(
     if OVER_J:
         acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], (BM, BN))
         keep = keep & (j == 0)[None, :]
-    at = dbias + b0 * dbias_b + h0 * dbias_h + tl.cast(i, tl.int64)[:, None] * dbias_i + tl.cast(j, tl.int64)[None, :] * dbias_j
+    at = (
+        dbias
+        + b0 * dbias_b
+        + h0 * dbias_h
+        + tl.cast(i, tl.int64)[:, None] * dbias_i
+        + tl.cast(j, tl.int64)[None, :] * dbias_j
+    )
     tl.store(at, acc.to(dbias.dtype.element_ty), mask=keep)

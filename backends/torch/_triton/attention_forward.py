@@ -9,10 +9,12 @@ A program holds BM queries of one head and walks over the keys in tiles of BN.
 
 In both the weights are rounded to the dtype of v once, before they multiply it (A10).
 
-0 * NaN is NaN, but an excluded v must not count (A6). Products therefore run as if every v were finite, and a row of
-the result that is not is computed once more, with the v's that are not finite replaced by 0 and counted apart.
+0 * NaN is NaN, but an excluded v must not count (A6). Products therefore run as if every v were finite. A second
+launch, CAREFUL, returns at once except where a result is not finite: those rows it computes again, with the v's that
+are not finite replaced by 0 and counted apart. A kernel of its own, because a branch would cost all others its registers.
 """
 
+# ruff: noqa: E741, SIM102 - l is the literature's name; conditions on constants stand alone
 import triton
 import triton.language as tl
 
@@ -26,7 +28,6 @@ from sa_softmax.backends.torch._triton.attention_tiles import (
     participating,
     place,
     product,
-    store_nan,
     store_tile,
 )
 
@@ -138,16 +139,27 @@ def _online(
     return acc, l, mn, mx
 
 
+@triton.jit
+def _norm(l, mx, VARIANT: tl.constexpr):
+    if VARIANT == "product":
+        return _size(mx) / tl.where(l == 0, 1.0, l)
+    return 1 / tl.where(l == 0, 1.0, l)
+
+
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
 def attention_forward(
     q, k, v, bias, mask, cu_q, cu_k, o, stats,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
-    Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, scale,
-    VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    VARLEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, scale, flags,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    flags += tl.program_id(0)
+    if CAREFUL:
+        if tl.load(flags) == 0:
+            return
     tile, b, h, start_q, start_k, Tq, Tk, upper, lower = place(
         tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, False
     )
@@ -166,77 +178,79 @@ def attention_forward(
         mask += b * mask_b + tl.cast(h, tl.int64) * mask_h
 
     i = row + tl.arange(0, BM)
+    each = i < Tq
+    at = stats + i * 3
     qt = load_tile(q, row, q_t, Tq, BM, D, DP, True)
     begin, whole, cut, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
-    mn = tl.full((BM,), _INF, tl.float32)
-    mx = tl.full((BM,), -_INF, tl.float32)
-    l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DVP), tl.float32)
-    if VARIANT == "product":
-        if WINDOW:
-            acc, l, mn, mx = _online(
-                acc, l, mn, mx, qt, k, v, begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-                bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-            )  # fmt: skip
-        acc, l, mn, mx = _online(
-            acc, l, mn, mx, qt, k, v, whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+    if CAREFUL:
+        bad = bad_rows(load_tile(o, row, o_t, Tq, BM, DV, DVP, True).to(tl.float32))
+        mx = tl.load(at, mask=each, other=-_INF)
+        l = tl.load(at + 1, mask=each, other=0.0)
+        mn = tl.load(at + 2, mask=each, other=_INF)
+        poison = _poison(
+            acc, qt, k, v, begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+            bias, bias_i, bias_j, mask, mask_i, mask_j, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
-        acc, l, mn, mx = _online(
-            acc, l, mn, mx, qt, k, v, cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-    else:
-        if WINDOW:
-            mn, mx = _extrema(
-                mn, mx, qt, k, begin, whole, i, Tq, Tk, k_t, upper, lower, scale,
-                bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
-            )  # fmt: skip
-        mn, mx = _extrema(
-            mn, mx, qt, k, whole, cut, i, Tq, Tk, k_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
-        )  # fmt: skip
-        mn, mx = _extrema(
-            mn, mx, qt, k, cut, end, i, Tq, Tk, k_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
-        )  # fmt: skip
-        if WINDOW:
-            acc, l = _weigh(
-                acc, l, mn, mx, qt, k, v, begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-                bias, bias_i, bias_j, mask, mask_i, mask_j,
-                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-            )  # fmt: skip
-        acc, l = _weigh(
-            acc, l, mn, mx, qt, k, v, whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-        acc, l = _weigh(
-            acc, l, mn, mx, qt, k, v, cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-
-    each = row + tl.arange(0, BM) < Tq
-    at = stats + i * 3
-    tl.store(at, mx, mask=each)
-    tl.store(at + 1, l, mask=each)
-    tl.store(at + 2, mn, mask=each)
-    norm = 1 / tl.where(l == 0, 1.0, l)
-    if VARIANT == "product":
-        norm *= _size(mx)
-    acc *= norm[:, None]
-    store_tile(o, row, o_t, Tq, acc, each, BM, DV, DVP)
-    bad = bad_rows(acc)
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        acc, l = _weigh(
-            tl.zeros((BM, DVP), tl.float32), l, mn, mx, qt, k, v, begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+        acc, _ = _weigh(
+            acc, l, mn, mx, qt, k, v, begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
             bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
-        store_tile(o, row, o_t, Tq, acc * norm[:, None], bad, BM, DV, DVP)
-        poison = _poison(
-            tl.zeros((BM, DVP), tl.float32), qt, k, v, begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
-            bias, bias_i, bias_j, mask, mask_i, mask_j, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-        store_nan(o, row, o_t, Tq, poison, bad, BM, DV, DVP)
+        acc = tl.where(poison > 0, float("nan"), acc * _norm(l, mx, VARIANT)[:, None])
+        store_tile(o, row, o_t, Tq, acc, bad, BM, DV, DVP)
+    else:
+        mn = tl.full((BM,), _INF, tl.float32)
+        mx = tl.full((BM,), -_INF, tl.float32)
+        l = tl.zeros((BM,), tl.float32)
+        if VARIANT == "product":
+            if WINDOW:
+                acc, l, mn, mx = _online(
+                    acc, l, mn, mx, qt, k, v, begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                    bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+                )  # fmt: skip
+            acc, l, mn, mx = _online(
+                acc, l, mn, mx, qt, k, v, whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            )  # fmt: skip
+            acc, l, mn, mx = _online(
+                acc, l, mn, mx, qt, k, v, cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            )  # fmt: skip
+        else:
+            if WINDOW:
+                mn, mx = _extrema(
+                    mn, mx, qt, k, begin, whole, i, Tq, Tk, k_t, upper, lower, scale,
+                    bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
+                )  # fmt: skip
+            mn, mx = _extrema(
+                mn, mx, qt, k, whole, cut, i, Tq, Tk, k_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
+            )  # fmt: skip
+            mn, mx = _extrema(
+                mn, mx, qt, k, cut, end, i, Tq, Tk, k_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, BN,
+            )  # fmt: skip
+            if WINDOW:
+                acc, l = _weigh(
+                    acc, l, mn, mx, qt, k, v, begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                    bias, bias_i, bias_j, mask, mask_i, mask_j,
+                    VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+                )  # fmt: skip
+            acc, l = _weigh(
+                acc, l, mn, mx, qt, k, v, whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            )  # fmt: skip
+            acc, l = _weigh(
+                acc, l, mn, mx, qt, k, v, cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale,
+                bias, bias_i, bias_j, mask, mask_i, mask_j,
+                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            )  # fmt: skip
+
+        tl.store(at, mx, mask=each)
+        tl.store(at + 1, l, mask=each)
+        tl.store(at + 2, mn, mask=each)
+        acc *= _norm(l, mx, VARIANT)[:, None]
+        store_tile(o, row, o_t, Tq, acc, each, BM, DV, DVP)
+        tl.store(flags, tl.max(bad_rows(acc).to(tl.int32), 0))

@@ -33,16 +33,6 @@ def store_tile(base, row, stride, n, x, keep, ROWS: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def store_nan(base, row, stride, n, poison, keep, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """NaN where ``poison`` is not 0, in the rows for which ``keep`` (ROWS,) is true."""
-    r = tl.arange(0, ROWS)[:, None]
-    d = tl.arange(0, DP)[None, :]
-    p = base + tl.cast(row, tl.int64) * stride + r * stride + d
-    nan = tl.full((ROWS, DP), float("nan"), tl.float32).to(base.dtype.element_ty)
-    tl.store(p, nan, mask=(row + r < n) & (d < D) & keep[:, None] & (poison > 0))
-
-
-@triton.jit
 def product(a, b):
     """a @ b, accumulated in float32; operands in float32 are not rounded to TF32."""
     return tl.dot(a, b, input_precision="ieee")
@@ -73,7 +63,9 @@ def participating(
     """x with its bias, and which of its entries take part. Without EDGE, causality and lengths exclude none."""
     inside = (i < Tq) & (j < Tk)
     if BIAS:
-        x += tl.load(bias + tl.cast(i, tl.int64) * bias_i + tl.cast(j, tl.int64) * bias_j, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(bias + tl.cast(i, tl.int64) * bias_i + tl.cast(j, tl.int64) * bias_j, mask=inside, other=0.0).to(
+            tl.float32
+        )
     on = x != -_INF
     if EDGE:
         on = on & inside
@@ -82,7 +74,9 @@ def participating(
         if WINDOW:
             on = on & (j >= i + lower)
     if MASK:
-        on = on & (tl.load(mask + tl.cast(i, tl.int64) * mask_i + tl.cast(j, tl.int64) * mask_j, mask=inside, other=0) != 0)
+        on = on & (
+            tl.load(mask + tl.cast(i, tl.int64) * mask_i + tl.cast(j, tl.int64) * mask_j, mask=inside, other=0) != 0
+        )
     return x, on
 
 
