@@ -198,7 +198,7 @@ def _backward(
     dbias = None if s.bias is None else s.bias.new_zeros(s.bias.shape, dtype=torch.float32)
     stats = stats.contiguous()
     rows = s.B * s.Hq * s.rows
-    terms = s.q.new_empty((3, rows), dtype=torch.float32)
+    terms = s.q.new_empty((6, rows), dtype=torch.float32)
     places = s.q.new_empty((2, rows), dtype=torch.int32)
     options = s.options("dq", upper, lower, variant)
     inputs = (s.q, s.k, s.v, s.bias, s.mask)
@@ -219,7 +219,7 @@ def _backward(
     _launch(
         attention_dkv, n * s.sequences * s.Hkv,
         (
-            *inputs, *s.cu, stats, do, dk, dv, terms, places,
+            *inputs, *s.cu, do, dk, dv, terms, places,
             *strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *optional,
             s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds,
         ), options, {"BM": min(32, options["BM"])},
@@ -231,7 +231,7 @@ def _backward(
         ti, tj = triton.cdiv(i, options["BM"]), triton.cdiv(j, options["BN"])
         del options["BIAS"], options["VARLEN"]
         attention_dbias[(b * h * ti * tj,)](
-            *inputs, stats, do, dbias, terms, places, *strides, *do.stride()[:3], *optional, *_strides(dbias),
+            *inputs, do, dbias, terms, places, *strides, *do.stride()[:3], *optional, *_strides(dbias),
             s.B, s.Hq, s.Hkv, s.Tq, s.Tk, rows, *bounds, ti, tj, h, **options,
             **dict(zip(("OVER_B", "OVER_H", "OVER_I", "OVER_J"), over, strict=True)),
         )  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sa_softmax.backends.torch._triton.attention_tiles import (
+    UNIT,
     bad_rows,
     factor,
     finite,
@@ -35,36 +36,32 @@ _NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _row_stats(stats, i, Tq, VARIANT: tl.constexpr):
-    """Of the rows i: unit, shift and c of the factor, unit * c = 1 / R, the maximum as exp takes it, and 1 / l."""
-    each = i < Tq
-    mx = tl.load(stats + i * 3, mask=each, other=-_INF)
-    l = tl.load(stats + i * 3 + 1, mask=each, other=0.0)
-    mn = tl.load(stats + i * 3 + 2, mask=each, other=_INF)
-    unit, shift, c = factor(mn, mx, VARIANT)
-    return unit, shift, c, unit * c, tl.where(mx == -_INF, 0.0, mx), tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
-
-
-@triton.jit
-def _terms(terms, places, i, Tq, rows, VARIANT: tl.constexpr):
-    """Of the rows i: D, the terms at minimum and maximum, and the keys that have them."""
-    each = i < Tq
-    D = tl.load(terms + i, mask=each, other=0.0)
+def _terms(terms, places, start, Tq, rows, VARIANT: tl.constexpr, BM: tl.constexpr):
+    """Of BM rows what attention_dq left: m, shift, c, D, the terms at minimum and maximum, and their keys."""
+    i = tl.arange(0, BM)
+    each = i < Tq - start
+    terms += start
+    places += start
+    m = tl.load(terms + i, mask=each, other=0.0)
+    terms += rows
+    shift = tl.load(terms + i, mask=each, other=0.0)
+    terms += rows
+    c = tl.load(terms + i, mask=each, other=0.0)
+    terms += rows
+    D_row = tl.load(terms + i, mask=each, other=0.0)
     if VARIANT == "product":
-        return D, D, D, i, i
-    to_lo = tl.load(terms + rows + i, mask=each, other=0.0)
-    to_hi = tl.load(terms + 2 * rows + i, mask=each, other=0.0)
+        return m, shift, c, D_row, D_row, D_row, i, i
+    terms += rows
+    to_lo = tl.load(terms + i, mask=each, other=0.0)
+    terms += rows
+    to_hi = tl.load(terms + i, mask=each, other=0.0)
     at_lo = tl.load(places + i, mask=each, other=-1)
-    at_hi = tl.load(places + rows + i, mask=each, other=-1)
-    return D, to_lo, to_hi, at_lo, at_hi
+    places += rows
+    at_hi = tl.load(places + i, mask=each, other=-1)
+    return m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi
 
 
-@triton.jit
-def _dx(gp, p, a, inverse, D, VARIANT: tl.constexpr):
-    """Without the extremal terms. gp = g * p, ``inverse`` = 1 / R."""
-    if VARIANT == "product":
-        return gp * (a + 1) - p * D
-    return gp * (a + inverse) - p * D
+# p is exp(x - m), and what multiplies it has the factor 1 / l: c is that of the factor a, and D that of G2, over l.
 
 
 @triton.jit
@@ -81,7 +78,7 @@ def _extremal(acc, k, stride_k, to_lo, to_hi, at_lo, at_hi, D: tl.constexpr, DP:
 
 @triton.jit
 def _dq(
-    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, q, k, v, do, D_row, unit, shift, c, inverse, m, norm,
+    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, q, k, v, do, D_row, shift, c, m,
     begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
     VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
@@ -91,28 +88,27 @@ def _dq(
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
         j = start + tl.arange(0, BN)
-        x, on = participating(
+        x = participating(
             product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
-        gp = tl.where(on, product(do, tl.trans(vt)) * p, 0.0)
-        a = (x * unit[:, None] - shift[:, None]) * c[:, None]
-        sum_gpa += tl.sum(tl.where(on, gp * a, 0.0), 1)
+        p = tl.exp(x - m[:, None])
+        gp = tl.where(x == -_INF, 0.0, product(do, tl.trans(vt)) * p)
+        a = (x * UNIT - shift[:, None]) * c[:, None]
+        sum_gpa += tl.sum(tl.where(x == -_INF, 0.0, gp * a), 1)
         if VARIANT == "normalized":
             sum_gp += tl.sum(gp, 1)
             if not CAREFUL:
-                low = tl.where(on, x, _INF)
-                high = tl.where(on, x, -_INF)
+                low = tl.where(x == -_INF, _INF, x)
                 least = tl.min(low, 1)
-                most = tl.max(high, 1)
+                most = tl.max(x, 1)
                 here = tl.min(tl.where(low == least[:, None], j[None, :], _NOWHERE), 1)
                 at_lo = tl.where(least < mn, here, at_lo)
-                here = tl.min(tl.where(high == most[:, None], j[None, :], _NOWHERE), 1)
+                here = tl.min(tl.where(x == most[:, None], j[None, :], _NOWHERE), 1)
                 at_hi = tl.where(most > mx, here, at_hi)
                 mn = tl.minimum(mn, least)
                 mx = tl.maximum(mx, most)
-        dx = tl.where(on, _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT), 0.0)
+        dx = tl.where(x == -_INF, 0.0, gp * (a + UNIT * c[:, None]) - p * D_row[:, None])
         if CAREFUL:
             kt = finite(kt)
         acc += product(dx.to(kt.dtype), kt)
@@ -160,7 +156,13 @@ def attention_dq(
     dot = load_tile(do, row, do_t, Tq, BM, DV, DVP, True)
     ot = load_tile(o, row, o_t, Tq, BM, DV, DVP, True)
     D_row = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
-    unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
+    mx = tl.load(stats + i * 3, mask=i < Tq, other=-_INF)
+    l = tl.load(stats + i * 3 + 1, mask=i < Tq, other=0.0)
+    shift, c = factor(tl.load(stats + i * 3 + 2, mask=i < Tq, other=_INF), mx, VARIANT)
+    m = tl.where(mx == -_INF, 0.0, mx)
+    norm = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
+    c *= norm
+    D_row *= norm
     begin, whole, cut, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
     acc = tl.zeros((BM, DP), tl.float32)
     each = i < Tq
@@ -173,10 +175,10 @@ def attention_dq(
     if CAREFUL:
         bad = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
         if VARIANT == "normalized":
-            _, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, i, Tq, rows, VARIANT)
+            _, _, _, _, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, row, Tq, rows, VARIANT, BM)
             acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
         acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
@@ -184,27 +186,31 @@ def attention_dq(
     else:
         if WINDOW:
             acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-                acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+                acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
                 begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
                 VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
             )  # fmt: skip
         acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
             whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
         acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, unit, shift, c, inverse, m, norm,
+            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
             cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
 
-        tl.store(terms + i, sum_gpa, mask=each)
+        tl.store(terms + i, m, mask=each)
+        tl.store(terms + rows + i, shift, mask=each)
+        tl.store(terms + 2 * rows + i, c, mask=each)
+        tl.store(terms + 3 * rows + i, sum_gpa * norm, mask=each)
         if VARIANT == "normalized":
-            to_lo = tl.where(mn < 0, (sum_gpa - sum_gp) * inverse, 0.0)
-            to_hi = tl.where(mx > 0, -sum_gpa * inverse, 0.0)
-            tl.store(terms + rows + i, to_lo, mask=each)
-            tl.store(terms + 2 * rows + i, to_hi, mask=each)
+            _, c = factor(mn, mx, VARIANT)
+            to_lo = tl.where(mn < 0, (sum_gpa - sum_gp * norm) * (c * UNIT), 0.0)
+            to_hi = tl.where(mx > 0, -sum_gpa * (c * UNIT), 0.0)
+            tl.store(terms + 4 * rows + i, to_lo, mask=each)
+            tl.store(terms + 5 * rows + i, to_hi, mask=each)
             tl.store(places + i, at_lo, mask=each)
             tl.store(places + rows + i, at_hi, mask=each)
             acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
@@ -215,36 +221,33 @@ def attention_dq(
 
 @triton.jit
 def _dkv(
-    dk, dv, q, k, v, do, stats, terms, places, rows,
+    dk, dv, q, k, v, do, terms, places, rows,
     begin, end, j, Tq, Tk, stride_q, stride_do, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
     VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are (queries, keys) here too: what belongs to a query then takes a thread a few registers, not dozens."""
+    """Tiles are (keys, queries) here, so that dx and y need no transposition before they multiply."""
     for start in range(begin, end, BM):
         qt = load_tile(q, start, stride_q, Tq, BM, D, DP, EDGE)
         dot = load_tile(do, start, stride_do, Tq, BM, DV, DVP, EDGE)
         i = start + tl.arange(0, BM)
-        unit, shift, c, inverse, m, norm = _row_stats(stats, i, Tq, VARIANT)
-        D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, i, Tq, rows, VARIANT)
-        x, on = participating(
-            product(qt, tl.trans(k)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
+        m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, start, Tq, rows, VARIANT, BM)
+        x = participating(
+            product(k, tl.trans(qt)) * scale, i[None, :], j[:, None], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
-        a = (x * unit[:, None] - shift[:, None]) * c[:, None]
-        y = tl.where(on, a * p, 0.0).to(dot.dtype)
-        dv += product(tl.trans(y), finite(dot) if CAREFUL else dot)
-        gp = product(dot, tl.trans(v)) * p
-        dx = _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT)
+        p = tl.exp(x - m[None, :])
+        a = (x * UNIT - shift[None, :]) * c[None, :]
+        y = tl.where(x == -_INF, 0.0, a * p).to(dot.dtype)
+        dv += product(y, finite(dot) if CAREFUL else dot)
+        gp = product(v, tl.trans(dot)) * p
+        dx = gp * (a + UNIT * c[None, :]) - p * D_row[None, :]
         if VARIANT == "normalized":
-            dx += tl.where(j[None, :] == at_lo[:, None], to_lo[:, None], 0.0)
-            dx += tl.where(j[None, :] == at_hi[:, None], to_hi[:, None], 0.0)
-        dx = tl.where(on, dx, 0.0).to(qt.dtype)
-        if CAREFUL:
-            qt = finite(qt)
-        dk += product(tl.trans(dx), qt)
+            dx += tl.where(j[:, None] == at_lo[None, :], to_lo[None, :], 0.0)
+            dx += tl.where(j[:, None] == at_hi[None, :], to_hi[None, :], 0.0)
+        dx = tl.where(x == -_INF, 0.0, dx).to(qt.dtype)
+        dk += product(dx, finite(qt) if CAREFUL else qt)
     return dk, dv
 
 
@@ -260,17 +263,17 @@ def _poison(
         qt = load_tile(q, start, stride_q, Tq, BM, D, DP, True)
         dot = load_tile(do, start, stride_do, Tq, BM, DV, DVP, True)
         i = start + tl.arange(0, BM)
-        _, on = participating(
+        x = participating(
             product(k, tl.trans(qt)) * scale, i[None, :], j[:, None], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        acc += product(on.to(dot.dtype), infinite(dot))
+        acc += product((x != -_INF).to(dot.dtype), infinite(dot))
     return acc
 
 
 @triton.jit
 def _dkv_of_group(
-    CAREFUL: tl.constexpr, q, kt, vt, bias, mask, stats, do, terms, places,
+    CAREFUL: tl.constexpr, q, kt, vt, bias, mask, do, terms, places,
     q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
     G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
     VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
@@ -282,30 +285,29 @@ def _dkv_of_group(
     for _ in range(G):
         if CAREFUL:
             dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                dk, dv, q, kt, vt, do, terms, places, rows,
                 begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
                 VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
             )  # fmt: skip
         else:
             if CAUSAL:
                 dk, dv = _dkv(
-                    dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                    dk, dv, q, kt, vt, do, terms, places, rows,
                     begin, whole, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
                     VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
                 )  # fmt: skip
             dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                dk, dv, q, kt, vt, do, terms, places, rows,
                 whole, cut, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
                 VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
             )  # fmt: skip
             dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, stats, terms, places, rows,
+                dk, dv, q, kt, vt, do, terms, places, rows,
                 cut, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
                 VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
             )  # fmt: skip
         q += q_h
         do += do_h
-        stats += total_q * 3
         terms += total_q
         places += total_q
         if BIAS:
@@ -317,7 +319,7 @@ def _dkv_of_group(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
 def attention_dkv(
-    q, k, v, bias, mask, cu_q, cu_k, stats, do, dk, dv, terms, places,
+    q, k, v, bias, mask, cu_q, cu_k, do, dk, dv, terms, places,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
     Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale, flags,
@@ -344,7 +346,6 @@ def attention_dkv(
     dk += b * dk_b + tl.cast(hk, tl.int64) * dk_h + tl.cast(start_k, tl.int64) * dk_t
     dv += b * dv_b + tl.cast(hk, tl.int64) * dv_h + tl.cast(start_k, tl.int64) * dv_t
     first = (b * Hq + h) * total_q + start_q
-    stats += first * 3
     terms += first
     places += first
     if BIAS:
@@ -358,7 +359,7 @@ def attention_dkv(
     vt = load_tile(v, row, v_t, Tk, BN, DV, DVP, True)
     begin, whole, cut, end = query_ranges(row, Tq, upper, lower, CAUSAL, WINDOW, BM, BN)
     dkt, dvt = _dkv_of_group(
-        CAREFUL, q, kt, vt, bias, mask, stats, do, terms, places,
+        CAREFUL, q, kt, vt, bias, mask, do, terms, places,
         q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
         G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
         VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
@@ -387,7 +388,7 @@ def attention_dkv(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower"])
 def attention_dbias(
-    q, k, v, bias, mask, stats, do, dbias, terms, places,
+    q, k, v, bias, mask, do, dbias, terms, places,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, dbias_b, dbias_h, dbias_i, dbias_j,
     B, Hq, Hkv, Tq, Tk, rows, upper, lower, scale, tiles_i, tiles_j, heads,
@@ -417,26 +418,28 @@ def attention_dbias(
                 i = row + tl.arange(0, BM)
                 qt = load_tile(q + b * q_b + h * q_h, row, q_t, Tq, BM, D, DP, True)
                 dot = load_tile(do + b * do_b + h * do_h, row, do_t, Tq, BM, DV, DVP, True)
-                unit, shift, c, inverse, m, norm = _row_stats(stats + first * 3, i, Tq, VARIANT)
-                D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms + first, places + first, i, Tq, rows, VARIANT)
+                m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi = _terms(
+                    terms + first, places + first, row, Tq, rows, VARIANT, BM
+                )
                 for dj in range(n_j):
                     start = (tj + dj) * BN
                     j = start + tl.arange(0, BN)
                     kt = load_tile(k + b * k_b + hk * k_h, start, k_t, Tk, BN, D, DP, True)
                     vt = load_tile(v + b * v_b + hk * v_h, start, v_t, Tk, BN, DV, DVP, True)
-                    x, on = participating(
+                    x = participating(
                         product(qt, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
                         bias + b * bias_b + h * bias_h, bias_i, bias_j,
-                        mask + b * mask_b + h * mask_h if MASK else mask, mask_i, mask_j, True, CAUSAL, WINDOW, True, MASK,
+                        mask + b * mask_b + h * mask_h if MASK else mask, mask_i, mask_j,
+                        True, CAUSAL, WINDOW, True, MASK,
                     )  # fmt: skip
-                    p = tl.where(on, tl.exp(x - m[:, None]) * norm[:, None], 0.0)
+                    p = tl.exp(x - m[:, None])
                     gp = product(dot, tl.trans(vt)) * p
-                    a = (x * unit[:, None] - shift[:, None]) * c[:, None]
-                    dx = _dx(gp, p, a, inverse[:, None], D_row[:, None], VARIANT)
+                    a = (x * UNIT - shift[:, None]) * c[:, None]
+                    dx = gp * (a + UNIT * c[:, None]) - p * D_row[:, None]
                     if VARIANT == "normalized":
                         dx += tl.where(j[None, :] == at_lo[:, None], to_lo[:, None], 0.0)
                         dx += tl.where(j[None, :] == at_hi[:, None], to_hi[:, None], 0.0)
-                    acc += tl.where(on, dx, 0.0)
+                    acc += tl.where(x == -_INF, 0.0, dx)
     i = ti * BM + tl.arange(0, BM)
     j = tj * BN + tl.arange(0, BN)
     keep = (i < Tq)[:, None] & (j < Tk)[None, :]

@@ -11,7 +11,7 @@ In both the weights are rounded to the dtype of v once, before they multiply it 
 
 0 * NaN is NaN, but an excluded v must not count (A6). Products therefore run as if every v were finite. A second
 launch, CAREFUL, returns at once except where a result is not finite: those rows it computes again, with the v's that
-are not finite replaced by 0 and counted apart. A kernel of its own, because a branch would cost all others its registers.
+are not finite replaced by 0 and counted apart. It is not a branch, because the registers of a branch are those of all.
 """
 
 # ruff: noqa: E741, SIM102 - l is the literature's name; conditions on constants stand alone
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sa_softmax.backends.torch._triton.attention_tiles import (
+    UNIT,
     bad_rows,
     factor,
     finite,
@@ -46,12 +47,12 @@ def _extrema(
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         j = start + tl.arange(0, BN)
-        x, on = participating(
+        x = participating(
             product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        mx = tl.maximum(mx, tl.max(tl.where(on, x, -_INF), 1))
-        mn = tl.minimum(mn, tl.min(tl.where(on, x, _INF), 1))
+        mx = tl.maximum(mx, tl.max(x, 1))
+        mn = tl.minimum(mn, tl.min(tl.where(x == -_INF, _INF, x), 1))
     return mn, mx
 
 
@@ -64,21 +65,21 @@ def _weigh(
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """acc += sum a p v and l += sum p for the rows' extrema. CAREFUL: of those v that are finite."""
-    unit, shift, c = factor(mn, mx, VARIANT)
+    shift, c = factor(mn, mx, VARIANT)
     if VARIANT == "product":
-        c = 1 / _size(mx)
+        c /= _size(mx)
     m = tl.where(mx == -_INF, 0.0, mx)
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
         j = start + tl.arange(0, BN)
-        x, on = participating(
+        x = participating(
             product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        p = tl.where(on, tl.exp(x - m[:, None]), 0.0)
+        p = tl.exp(x - m[:, None])
         l += tl.sum(p, 1)
-        w = tl.where(on, (x * unit[:, None] - shift[:, None]) * c[:, None] * p, 0.0).to(vt.dtype)
+        w = tl.where(x == -_INF, 0.0, (x * UNIT - shift[:, None]) * c[:, None] * p).to(vt.dtype)
         if CAREFUL:
             vt = finite(vt)
         acc += product(w, vt)
@@ -97,11 +98,11 @@ def _poison(
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, True)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, True)
         j = start + tl.arange(0, BN)
-        _, on = participating(
+        x = participating(
             product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, True, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        acc += product(on.to(vt.dtype), infinite(vt))
+        acc += product((x != -_INF).to(vt.dtype), infinite(vt))
     return acc
 
 
@@ -122,15 +123,15 @@ def _online(
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         j = start + tl.arange(0, BN)
-        x, on = participating(
+        x = participating(
             product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
-        top = tl.maximum(mx, tl.max(tl.where(on, x, -_INF), 1))
+        top = tl.maximum(mx, tl.max(x, 1))
         m = tl.where(top == -_INF, 0.0, top)
         c = 1 / _size(top)
-        p = tl.where(on, tl.exp(x - m[:, None]), 0.0)
-        w = tl.where(on, x * c[:, None] * p, 0.0)
+        p = tl.exp(x - m[:, None])
+        w = tl.where(x == -_INF, 0.0, x * c[:, None] * p)
         shrink = tl.exp(mx - m)
         l = l * shrink + tl.sum(p, 1)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)

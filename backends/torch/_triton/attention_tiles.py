@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
+UNIT = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -60,24 +61,25 @@ def participating(
     x, i, j, Tq, Tk, upper, lower, bias, bias_i, bias_j, mask, mask_i, mask_j,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """x with its bias, and which of its entries take part. Without EDGE, causality and lengths exclude none."""
+    """x with its bias, -inf where an entry does not take part. Without EDGE, causality and lengths exclude none.
+
+    The scores themselves say who takes part: a tile of flags would cost as many registers as they.
+    """
     inside = (i < Tq) & (j < Tk)
     if BIAS:
-        x += tl.load(bias + tl.cast(i, tl.int64) * bias_i + tl.cast(j, tl.int64) * bias_j, mask=inside, other=0.0).to(
-            tl.float32
-        )
-    on = x != -_INF
+        at = bias + tl.cast(i, tl.int64) * bias_i + tl.cast(j, tl.int64) * bias_j
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if EDGE:
-        on = on & inside
+        on = inside
         if CAUSAL:
             on = on & (j <= i + upper)
         if WINDOW:
             on = on & (j >= i + lower)
+        x = tl.where(on, x, -_INF)
     if MASK:
-        on = on & (
-            tl.load(mask + tl.cast(i, tl.int64) * mask_i + tl.cast(j, tl.int64) * mask_j, mask=inside, other=0) != 0
-        )
-    return x, on
+        at = mask + tl.cast(i, tl.int64) * mask_i + tl.cast(j, tl.int64) * mask_j
+        x = tl.where(tl.load(at, mask=inside, other=0) != 0, x, -_INF)
+    return x
 
 
 @triton.jit
@@ -119,19 +121,17 @@ def query_ranges(
 
 @triton.jit
 def factor(mn, mx, VARIANT: tl.constexpr):
-    """a(x) = (x * unit - shift) * c, from a row's extrema.
+    """shift and c with a(x) = (x * UNIT - shift) * c and 1 / R = UNIT * c, from a row's extrema.
 
-    ``product``: a = x. ``normalized``: lo = min(0, mn), hi = max(0, mx), c = 1 / (unit * (hi - lo)) or 0 where that is
-    0 (C1), shift = unit * lo. ``unit`` is the power of two that keeps hi - lo finite, and its inverse normal (C7).
+    ``normalized``: lo = min(0, mn), hi = max(0, mx), shift = UNIT * lo, c = 1 / (UNIT * (hi - lo)), or 0 where that is
+    0 (C1). ``product`` is the same with lo = 0 and R = 1. UNIT keeps hi - lo finite and 1 / R normal (C7).
     """
     if VARIANT == "product":
-        one = tl.full(mx.shape, 1.0, tl.float32)
-        return one, tl.zeros_like(mx), one
+        return tl.zeros_like(mx), tl.full(mx.shape, 1 / UNIT, tl.float32)
     lo = tl.where(mn < 0, mn, 0.0)
     hi = tl.where(mx > 0, mx, 0.0)
-    unit = tl.where(tl.maximum(hi, -lo) > 1, 0.0625, 1.0)
-    R = hi * unit - lo * unit
-    return unit, lo * unit, tl.where(R == 0, 0.0, 1.0 / tl.where(R == 0, 1.0, R))
+    R = hi * UNIT - lo * UNIT
+    return lo * UNIT, tl.where(R == 0, 0.0, 1 / tl.where(R == 0, 1.0, R))
 
 
 @triton.jit
