@@ -283,29 +283,11 @@ def _dkv_of_group(
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DVP), tl.float32)
     for _ in range(G):
-        if CAREFUL:
-            dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, terms, places, rows,
-                begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-                VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
-            )  # fmt: skip
-        else:
-            if CAUSAL:
-                dk, dv = _dkv(
-                    dk, dv, q, kt, vt, do, terms, places, rows,
-                    begin, whole, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-                    VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
-                )  # fmt: skip
-            dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, terms, places, rows,
-                whole, cut, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-                VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
-            )  # fmt: skip
-            dk, dv = _dkv(
-                dk, dv, q, kt, vt, do, terms, places, rows,
-                cut, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
-            )  # fmt: skip
+        dk, dv = _dkv(
+            dk, dv, q, kt, vt, do, terms, places, rows,
+            begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, CAREFUL, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
+        )  # fmt: skip
         q += q_h
         do += do_h
         terms += total_q
