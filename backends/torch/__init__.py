@@ -1,9 +1,14 @@
 """PyTorch tensors on any device: eager, under torch.compile and torch.export, and under torch.func."""
 
+import os
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
+<<<<<<< HEAD
 from sa_softmax.backends.torch import _attention, _export, _row, _state
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 
@@ -16,8 +21,33 @@ __all__ = [
     "sa_attention",
     "sa_softmax",
 ]
+=======
+from sa_softmax.backends._native import native
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _triton
+
+__all__ = ["SASoftmax", "implementation", "sa_attention", "sa_softmax"]
+>>>>>>> triton
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
+
+if (_c_api := native()) is not None:
+    from sa_softmax.backends.torch import _native
+
+    _kernels.register("cpu", f"native {_c_api.instruction_set()}", _native)
+
+if (torch.version.cuda or torch.version.hip) and os.environ.get("SA_SOFTMAX_IMPLEMENTATION") != "composition" and find_spec("triton") is not None:
+    _kernels.register("cuda", _triton.NAME, _triton)
+
+
+def implementation(device: torch.device | str) -> str:
+    """What runs on ``device``: "native" and an instruction set, "triton", or "composition" (PyTorch's own operators).
+
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors where
+    Triton is (they have been compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment variable
+    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
+    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    """
+    return _kernels.implementation(torch.device(device).type)
 
 
 def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where: Tensor | None = None) -> Tensor:
@@ -47,8 +77,7 @@ def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where:
     Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
     """
     axis = check_softmax(_TORCH, x, axis=axis, variant=variant, where=where)
-    sa_softmax = (_export if torch.compiler.is_exporting() else _row).sa_softmax
-    return sa_softmax(x, where, axis, variant)
+    return _way(_row, x, where).sa_softmax(x, where, axis, variant)
 
 
 def sa_attention(
@@ -109,8 +138,19 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
-    sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
-    return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+    return _way(_attention, q, k, v, bias, mask).sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+
+
+def _way(own: Any, *tensors: Tensor | None) -> Any:
+    """The module that computes: ``own``, or the one for exported programs or sharded tensors."""
+    if torch.compiler.is_exporting():
+        return _export
+    # By name, because the class lives in a module that takes long to import.
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        from sa_softmax.backends.torch import _sharding
+
+        return _sharding
+    return own
 
 
 def attention_state(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sa_softmax.backends.torch import _row
+from sa_softmax.backends.torch import _kernels, _row
 
-__all__ = ["SAAttentionFunction", "autocast", "sa_attention"]
+__all__ = ["autocast", "compose", "sa_attention"]
 
 
 def sa_attention(
@@ -22,7 +22,7 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(SAAttentionFunction, q, k, v, bias, mask, offset, scale, variant)
+    return _row.apply(_Attention, compose, q, k, v, bias, mask, offset, scale, variant)
 
 
 def autocast(x: Any) -> Any:
@@ -41,7 +41,38 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
-class SAAttentionFunction(Function):
+def compose(
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+) -> Tensor:  # fmt: skip
+    with _no_autocast(q.device):
+        s = _scores(q, k, v, bias, mask, offset, scale)
+        y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
+        o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
+    return _unfold(o, q).to(q.dtype)
+
+
+def compose_vjp(
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, do: Tensor, offset: int | None, scale: float, variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    with _no_autocast(q.device):
+        s = _scores(q, k, v, bias, mask, offset, scale)
+        do = _fold(do.to(s.z.dtype), k)
+        p = _row.softmax(s.z, s.on, -1)
+        y = _fold(_row.value(s.z, s.on, p, -1, variant), k)
+        dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, variant)
+        dx_ = _fold(dx, k)
+        # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
+        dq = _unfold(scale * (dx_ @ _finite(s.k)), q)
+        dk = scale * (dx_.mT @ _finite(s.q))
+        dv = _weigh(y.mT, _fold(s.on, k).mT, do)
+    # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
+    dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+class _Attention(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -49,11 +80,13 @@ class SAAttentionFunction(Function):
         q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
     ) -> Tensor:  # fmt: skip
-        with _no_autocast(q.device):
-            s = _scores(q, k, v, bias, mask, offset, scale)
-            y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
-            o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
-        return _unfold(o, q).to(q.dtype)
+        if not _kernels.supports("attention", q):
+            return compose(q, k, v, bias, mask, offset, scale, variant)
+        dtype = q.dtype
+        if bias is not None and bias.dtype != dtype:
+            # A bias in the compute dtype: all is widened, and the result rounded once.
+            q, k, v = (x.to(bias.dtype) for x in (q, k, v))
+        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)[0].to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,20 +96,8 @@ class SAAttentionFunction(Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask = ctx.saved_tensors
-        with _no_autocast(q.device):
-            s = _scores(q, k, v, bias, mask, ctx.offset, ctx.scale)
-            do = _fold(do.to(s.z.dtype), k)
-            p = _row.softmax(s.z, s.on, -1)
-            y = _fold(_row.value(s.z, s.on, p, -1, ctx.variant), k)
-            dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, ctx.variant)
-            dx_ = _fold(dx, k)
-            # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
-            dq = _unfold(ctx.scale * (dx_ @ _finite(s.k)), q)
-            dk = ctx.scale * (dx_.mT @ _finite(s.q))
-            dv = _weigh(y.mT, _fold(s.on, k).mT, do)
-        # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
-        dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None, None, None
+        dq, dk, dv, dbias = compose_vjp(q, k, v, bias, mask, do, ctx.offset, ctx.scale, ctx.variant)
+        return dq, dk, dv, dbias, None, None, None, None
 
 
 class _Scores(NamedTuple):
