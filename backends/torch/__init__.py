@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-<<<<<<< HEAD
-from sa_softmax.backends.torch import _attention, _export, _row, _state
+from sa_softmax.backends._native import native
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 
 __all__ = [
@@ -17,16 +17,11 @@ __all__ = [
     "SASoftmax",
     "attention_from_state",
     "attention_state",
+    "implementation",
     "merge_states",
     "sa_attention",
     "sa_softmax",
 ]
-=======
-from sa_softmax.backends._native import native
-from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _triton
-
-__all__ = ["SASoftmax", "implementation", "sa_attention", "sa_softmax"]
->>>>>>> triton
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 

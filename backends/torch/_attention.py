@@ -22,7 +22,7 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(_Attention, compose, q, k, v, bias, mask, offset, scale, variant)
+    return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, scale, variant)[0]
 
 
 def autocast(x: Any) -> Any:
@@ -52,6 +52,10 @@ def compose(
     return _unfold(o, q).to(q.dtype)
 
 
+def _compose_first(*args: Any) -> tuple[Tensor]:
+    return (compose(*args),)
+
+
 def compose_vjp(
     q: Tensor, k: Tensor, v: Tensor,
     bias: Tensor | None, mask: Tensor | None, do: Tensor, offset: int | None, scale: float, variant: str,
@@ -73,31 +77,74 @@ def compose_vjp(
 
 
 class _Attention(Function):
+    """o, and the kernel's stats where its device has kernels of both directions."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
-    ) -> Tensor:  # fmt: skip
-        if not _kernels.supports("attention", q):
-            return compose(q, k, v, bias, mask, offset, scale, variant)
-        dtype = q.dtype
-        if bias is not None and bias.dtype != dtype:
-            # A bias in the compute dtype: all is widened, and the result rounded once.
-            q, k, v = (x.to(bias.dtype) for x in (q, k, v))
-        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)[0].to(dtype)
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not _kernels.supports("attention", q, v):
+            return compose(q, k, v, bias, mask, offset, scale, variant), q.new_empty(0)
+        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.offset, ctx.scale, ctx.variant = inputs
-        ctx.save_for_backward(*tensors)
+        fused = _kernels.supports("attention_vjp", inputs[0], inputs[2])
+        ctx.save_for_backward(*tensors, *(output if fused else (None, None)))
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask = ctx.saved_tensors
-        dq, dk, dv, dbias = compose_vjp(q, k, v, bias, mask, do, ctx.offset, ctx.scale, ctx.variant)
-        return dq, dk, dv, dbias, None, None, None, None
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, stats = ctx.saved_tensors
+        options = ctx.offset, ctx.scale, ctx.variant
+        if o is None:
+            gradients = compose_vjp(q, k, v, bias, mask, do, *options)
+        else:
+            gradients = _row.apply(_AttentionVjp, _compose_vjp, q, k, v, bias, mask, o, stats, do, *options)
+        dq, dk, dv, dbias = gradients
+        return dq, dk, dv, dbias if bias is not None else None, None, None, None, None
+
+
+def _compose_vjp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, *rest: Any
+) -> Any:  # fmt: skip
+    return compose_vjp(q, k, v, bias, mask, *rest)
+
+
+class _AttentionVjp(Function):
+    """The gradient by kernels; its own derivatives are those of the closed form, of which o and stats are no part."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
+        offset: int | None, scale: float, variant: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        gradients = torch.ops.sa_softmax.attention_vjp(
+            q, k, v, bias, mask, o, stats, do, offset, -1, scale, variant
+        )  # fmt: skip
+        # A Function that is batched returns tensors alone.
+        return *gradients[:3], q.new_empty(0) if bias is None else gradients[3]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, v, bias, mask, _, _, do, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, bias, mask, do)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, do = ctx.saved_tensors
+
+        def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+            return compose_vjp(q, k, v, bias[0] if bias else None, mask, do, *ctx.options)[: 3 + len(bias)]
+
+        inputs = (q, k, v, do) if bias is None else (q, k, v, do, bias)
+        dq, dk, dv, ddo, *dbias = torch.func.vjp(gradients, *inputs)[1](tangents[: len(inputs) - 1])
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None, ddo, None, None, None
 
 
 class _Scores(NamedTuple):

@@ -1,8 +1,8 @@
 """The kernels as operators of PyTorch: what a compiled graph shows, and what the Functions of this backend call.
 
 A module that has kernels for a device defines ``row``, ``row_vjp``, ``attention`` and perhaps ``attention_vjp`` with
-the arguments of the schemas below, and is registered for its dispatch key. The operators have no derivatives of their
-own: those are the business of the Functions.
+the arguments of the schemas below, and is registered for its dispatch key. If it does not take all dtypes and sizes, it
+defines ``supports``, too. The operators have no derivatives of their own: those are the business of the Functions.
 
 In attention ``offset`` is that of the causal mask, None without one; with ``left`` >= 0, query i sees keys
 j >= i + offset - left only (offset 0 if None). ``stats`` (..., Hq, Tq, 3), in the compute dtype, is what the device's
@@ -35,26 +35,31 @@ _LIBRARY: Any = torch.library.Library("sa_softmax", "FRAGMENT")  # type: ignore[
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
 
-_IMPLEMENTATIONS: dict[str, tuple[str, frozenset[str]]] = {}
+_IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
     """Make the functions of ``kernels`` the operators on devices of type ``device``; ``name`` is what users read."""
-    operators = frozenset(operator for operator in SCHEMAS if hasattr(kernels, operator))
+    operators = [operator for operator in SCHEMAS if hasattr(kernels, operator)]
     for operator in operators:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
-    _IMPLEMENTATIONS[device] = name, operators
+    supports = getattr(kernels, "supports", _any_tensors)
+    _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
+
+
+def _any_tensors(operator: str, *tensors: Tensor) -> bool:
+    return True
 
 
 def implementation(device: str) -> str:
     """The name of what runs on the devices of type ``device``."""
-    return _IMPLEMENTATIONS.get(device, ("composition", ()))[0]
+    return _IMPLEMENTATIONS.get(device, ("composition", {}))[0]
 
 
-def supports(operator: str, x: Tensor) -> bool:
-    """Whether ``operator`` runs on tensors like ``x``."""
-    given = _IMPLEMENTATIONS.get(x.device.type)
-    return given is not None and operator in given[1] and x.dtype in DTYPES
+def supports(operator: str, x: Tensor, *others: Tensor) -> bool:
+    """Whether ``operator`` runs on tensors like ``x``, and v in the case of attention."""
+    running = _IMPLEMENTATIONS.get(x.device.type, ("composition", {}))[1].get(operator)
+    return running is not None and x.dtype in DTYPES and running(operator, x, *others)
 
 
 # Shapes, for tracing.
@@ -129,7 +134,24 @@ def _vmap_attention(
     return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, left, scale, variant), (0, 0)
 
 
+def _vmap_attention_vjp(
+    info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    o: Tensor, stats: Tensor, do: Tensor, offset: int | None, left: int, scale: float, variant: str,
+) -> Any:  # fmt: skip
+    rank = _rank(q, dims[0])
+    if bias is not None:  # its gradient is one per element of the batch
+        bias = _batched(info.batch_size, bias, dims[3])
+        bias = _batched_option(bias, 0, rank)
+    mask = _batched_option(mask, dims[4], rank)
+    q, k, v = (_batched(info.batch_size, x, dim) for x, dim in zip((q, k, v), dims, strict=False))
+    o, stats, do = (_batched(info.batch_size, x, dim) for x, dim in zip((o, stats, do), dims[5:], strict=False))
+    out = torch.ops.sa_softmax.attention_vjp(q, k, v, bias, mask, o, stats, do, offset, left, scale, variant)
+    if bias is None:
+        return out, (0, 0, 0, None)
+    return out, (0, 0, 0, 0)
+
+
 for _name in SCHEMAS:
     torch.library.register_fake(f"sa_softmax::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-for _name in ("row", "row_vjp", "attention"):
+for _name in SCHEMAS:
     torch.library.register_vmap(f"sa_softmax::{_name}", globals()[f"_vmap_{_name}"], lib=_LIBRARY)

@@ -35,12 +35,16 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = q.dtype
+    if bias is not None and bias.dtype != dtype:
+        # A bias in the compute dtype: all is widened, and the result rounded once.
+        q, k, v = (x.to(bias.dtype) for x in (q, k, v))
     o, stats = empty_attention(q, v)
     c_api.attention(
         _NAMES[q.dtype], variant, offset, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), torch.get_num_threads(),
     )  # fmt: skip
-    return o, stats
+    return o.to(dtype), stats
 
 
 def _array(x: Tensor) -> Any:

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-<<<<<<< HEAD
-__all__ = ["SASoftmaxFunction", "apply", "bounds", "participating", "sa_softmax", "softmax", "value", "vjp"]
-=======
 from sa_softmax.backends.torch import _kernels
 
-__all__ = ["apply", "compose", "participating", "sa_softmax", "softmax", "value", "vjp"]
->>>>>>> triton
+__all__ = ["apply", "bounds", "compose", "participating", "sa_softmax", "softmax", "value", "vjp"]
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

@@ -9,9 +9,7 @@ from torch import Tensor
 from sa_softmax.backends.torch._triton.attention_backward import attention_dbias, attention_dkv, attention_dq
 from sa_softmax.backends.torch._triton.attention_forward import attention_forward
 
-__all__ = ["Tiles", "attention", "attention_vjp", "supports", "tiles", "varlen", "varlen_vjp"]
-
-MAX_D = 256
+__all__ = ["Tiles", "attention", "attention_vjp", "instances", "tiles", "varlen", "varlen_vjp"]
 
 
 class Tiles(NamedTuple):
@@ -26,9 +24,9 @@ class Tiles(NamedTuple):
 # By kernel and padded head dimension, for 16-bit inputs; chosen by registers and spills of the compiled kernels
 # (docs/triton-attention.md), so still to be timed.
 _TILES = {
-    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
-    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 4, 1)},
-    "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 4, 1)},
+    "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
+    "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 1)},
+    "dkv": {64: Tiles(32, 128, 8, 3), 128: Tiles(16, 128, 8, 2), 256: Tiles(16, 32, 4, 1)},
     "dbias": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
 }
 _TILES_FLOAT32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 4, 1)}
@@ -38,10 +36,6 @@ def tiles(kernel: str, dtype: torch.dtype, d: int) -> Tiles:
     """``d`` is the larger one of the padded head dimensions of keys and values."""
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
     return table[max(d, min(table))]
-
-
-def supports(q: Tensor, v: Tensor) -> bool:
-    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= MAX_D
 
 
 def attention(
