@@ -28,6 +28,19 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor o, Tensor stats, Tensor do, SymInt? offset,"
         " int left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
     ),
+    "attention_state": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale)"
+        " -> (Tensor m, Tensor l, Tensor lo, Tensor o0, Tensor o1)"
+    ),
+    "varlen": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k,"
+        " SymInt left, SymInt right, float scale, str variant) -> (Tensor o, Tensor stats)"
+    ),
+    "varlen_vjp": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seq_q, Tensor cu_seq_k, Tensor o, Tensor stats, Tensor do,"
+        " SymInt max_q, SymInt max_k, SymInt left, SymInt right, float scale, str variant)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,6 +101,24 @@ def _fake_attention_vjp(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
+def _fake_attention_state(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return tuple(q.new_empty((*q.shape[:-1], n), dtype=dtype) for n in (1, 1, 1, v.shape[-1], v.shape[-1]))
+
+
+def _fake_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total, heads, _ = q.shape
+    return q.new_empty((total, heads, v.shape[-1])), q.new_empty((heads, total, 3), dtype=torch.float32)
+
+
+def _fake_varlen_vjp(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def empty_attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Room for ``o`` and ``stats``."""
     stats = q.new_empty((*q.shape[:-1], 3), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -134,6 +165,15 @@ def _vmap_attention(
     return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, left, scale, variant), (0, 0)
 
 
+def _vmap_attention_state(
+    info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    offset: int | None, scale: float,
+) -> Any:  # fmt: skip
+    bias, mask = (_batched_option(x, dim, _rank(q, dims[0])) for x, dim in ((bias, dims[3]), (mask, dims[4])))
+    q, k, v = (_batched(info.batch_size, x, dim) for x, dim in zip((q, k, v), dims, strict=False))
+    return torch.ops.sa_softmax.attention_state(q, k, v, bias, mask, offset, scale), (0,) * 5
+
+
 def _vmap_attention_vjp(
     info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     o: Tensor, stats: Tensor, do: Tensor, offset: int | None, left: int, scale: float, variant: str,
@@ -153,5 +193,5 @@ def _vmap_attention_vjp(
 
 for _name in SCHEMAS:
     torch.library.register_fake(f"sa_softmax::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-for _name in SCHEMAS:
+for _name in ("row", "row_vjp", "attention", "attention_vjp", "attention_state"):
     torch.library.register_vmap(f"sa_softmax::{_name}", globals()[f"_vmap_{_name}"], lib=_LIBRARY)

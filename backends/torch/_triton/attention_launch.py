@@ -1,15 +1,22 @@
 """SA attention on a GPU: the kernels' tensors, tiles and launches (spec clauses A). Not run on a GPU yet."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from sa_softmax.backends.torch import _state
 from sa_softmax.backends.torch._triton.attention_backward import attention_dbias, attention_dkv, attention_dq
 from sa_softmax.backends.torch._triton.attention_forward import attention_forward
+from sa_softmax.backends.torch._triton.attention_pieces import merge_pieces, state_of_piece
 
-__all__ = ["Tiles", "attention", "attention_vjp", "instances", "tiles", "varlen", "varlen_vjp"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sa_softmax.backends.torch._triton.compile_check import Instance
+
+__all__ = ["Tiles", "attention", "attention_state", "attention_vjp", "instances", "tiles", "varlen", "varlen_vjp"]
 
 
 class Tiles(NamedTuple):
@@ -27,6 +34,7 @@ _TILES = {
     "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
     "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 1)},
     "dkv": {64: Tiles(32, 128, 8, 3), 128: Tiles(16, 128, 8, 2), 256: Tiles(16, 32, 4, 1)},
+    "state": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)},
     "dbias": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
 }
 _TILES_FLOAT32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 4, 1)}
@@ -43,6 +51,10 @@ def attention(
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and stats (..., Hq, Tq, 3): maximum of the scores, sum exp(x - maximum) and, for ``normalized``, minimum."""
+    if left < 0 and _pieces(k.shape[-2], q.shape[-3] // k.shape[-3] * q.shape[-2]) > 1:  # decoding
+        state = _state.AttentionState(*attention_state(q, k, v, bias, mask, offset, scale))
+        o = _state.attention_from_state(state, variant=variant).to(q.dtype)
+        return o, torch.cat([state.m, state.l, state.lo], -1)
     upper, lower = _bounds(offset, left, q.shape[-2], k.shape[-2])
     o, stats = _forward(_Shape(q, k, v, bias, mask), upper, lower, scale, variant)
     return o.reshape(*q.shape[:-1], v.shape[-1]), stats.reshape(*q.shape[:-1], 3)
@@ -62,6 +74,45 @@ def attention_vjp(
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dbias
 
 
+def attention_state(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The partial state m, l, lo, o0, o1 of all keys; of few queries, merged from pieces of the keys."""
+    s = _Shape(q, k, v, bias, mask)
+    upper, _ = _bounds(offset, -1, s.Tq, s.Tk)
+    options = s.options("state", upper, None, "normalized")
+    for name in ("VARIANT", "WINDOW", "VARLEN"):
+        del options[name]
+    G = s.Hq // s.Hkv
+    across = triton.cdiv(G * s.Tq, options["BM"]), s.B * s.Hkv
+    pieces = _pieces(s.Tk, G * s.Tq)
+    piece = triton.cdiv(triton.cdiv(s.Tk, pieces), options["BN"]) * options["BN"]
+    rows = s.B * s.Hq * s.Tq
+
+    def empty(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    extrema, o0, o1 = empty(pieces, rows, 3), empty(pieces, rows, s.DV), empty(pieces, rows, s.DV)
+    lead = q.shape[:-1]
+    state = *(empty(*lead, 1) for _ in range(3)), *(empty(*lead, s.DV) for _ in range(2))
+    if rows:
+        state_of_piece[(*across, pieces)](
+            s.q, s.k, s.v, s.bias, s.mask, extrema, o0, o1,
+            *s.q.stride()[:3], *s.k.stride()[:3], *s.v.stride()[:3], *_strides(s.bias), *_strides(s.mask),
+            s.Hkv, G, s.Tq, s.Tk, upper or 0, piece, scale, **options,
+        )  # fmt: skip
+        merge_pieces[(rows,)](
+            extrema, o0, o1, *state, rows, pieces,
+            DV=s.DV, DVP=options["DVP"], num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return state
+
+
+def _pieces(Tk: int, rows: int) -> int:
+    """How many pieces the keys are cut into: by the row's own shape, so that its bits do not depend on the batch (R1)."""
+    return 1 if rows > 64 else triton.cdiv(max(Tk, 1), 512)
+
+
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
     left: int, right: int, scale: float, variant: str,
@@ -79,7 +130,7 @@ def varlen_vjp(
     shape = _packed(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
     o, do = (x.transpose(0, 1).unsqueeze(0) for x in (o, do))
     dq, dk, dv, _ = _backward(shape, o, stats, do, *_window(left, right, max_q, max_k), scale, variant)
-    dq, dk, dv = (x[0].transpose(0, 1) for x in (dq, dk, dv))
+    dq, dk, dv = (x[0].transpose(0, 1).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -108,6 +159,10 @@ class _Shape:
         self.Hkv, self.Tk, self.DV = k.shape[-3], k.shape[-2], v.shape[-1]
         self.cu: tuple[Tensor | None, Tensor | None] = (None, None)
         self.sequences = self.B
+
+    @property
+    def packed(self) -> bool:
+        return self.cu[0] is not None
 
     @property
     def rows(self) -> int:
@@ -164,11 +219,10 @@ def _launch(
 def _forward(
     s: _Shape, upper: int | None, lower: int | None, scale: float, variant: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o = (
-        s.q.new_empty((s.B, s.rows, s.Hq, s.DV)).transpose(1, 2)
-        if s.cu[0] is not None
-        else s.q.new_empty((s.B, s.Hq, s.rows, s.DV))
-    )
+    if s.packed:  # tokens that no sequence has stay 0
+        o = s.q.new_zeros((s.B, s.rows, s.Hq, s.DV)).transpose(1, 2)
+    else:
+        o = s.q.new_empty((s.B, s.Hq, s.rows, s.DV))
     stats = s.q.new_empty((s.B, s.Hq, s.rows, 3), dtype=torch.float32)
     options = s.options("forward", upper, lower, variant)
     n = triton.cdiv(s.Tq, options["BM"])
@@ -188,7 +242,7 @@ def _backward(
     s: _Shape, o: Tensor, stats: Tensor, do: Tensor, upper: int | None, lower: int | None, scale: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     o, do = (_rows(x.reshape(s.B, s.Hq, s.rows, s.DV)) for x in (o, do))
-    dq, dk, dv = (torch.empty_like(x) for x in (s.q, s.k, s.v))
+    dq, dk, dv = ((torch.zeros_like if s.packed else torch.empty_like)(x) for x in (s.q, s.k, s.v))
     dbias = None if s.bias is None else s.bias.new_zeros(s.bias.shape, dtype=torch.float32)
     stats = stats.contiguous()
     rows = s.B * s.Hq * s.rows
@@ -230,3 +284,44 @@ def _backward(
             **dict(zip(("OVER_B", "OVER_H", "OVER_I", "OVER_J"), over, strict=True)),
         )  # fmt: skip
     return dq, dk, dv, dbias
+
+
+def instances() -> "Iterator[Instance]":
+    """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: training and decoding at the usual sizes."""
+    for kernel in ("forward", "dq", "dkv"):
+        for d in (64, 128):
+            for variant in ("product", "normalized"):
+                yield _instance(kernel, torch.bfloat16, d, variant)
+    yield _instance("forward", torch.bfloat16, 256, "normalized")
+    yield _instance("dkv", torch.bfloat16, 256, "normalized")
+    yield _instance("forward", torch.float32, 64, "normalized")
+    yield _instance("dkv", torch.float32, 64, "normalized")
+    yield _instance("dbias", torch.bfloat16, 64, "normalized")
+    for d in (64, 128):
+        yield _instance("state", torch.bfloat16, d, "both variants")
+
+
+_KERNELS = {
+    "forward": attention_forward, "dq": attention_dq, "dkv": attention_dkv, "dbias": attention_dbias,
+    "state": state_of_piece,
+}  # fmt: skip
+
+
+def _instance(name: str, dtype: torch.dtype, d: int, variant: str) -> "Instance":
+    from sa_softmax.backends.torch._triton.compile_check import Instance
+
+    kernel = _KERNELS[name]
+    x = torch.empty(2, 16, 4096, d, dtype=dtype, device="meta")
+    options = _Shape(x, x, x).options(name, 0, None, variant) | {"CAREFUL": False}
+    options |= {"OVER_B": True, "OVER_H": False, "OVER_I": False, "OVER_J": False}
+    values = dict.fromkeys(("bias", "mask", "cu_q", "cu_k")) | {"flags": torch.int32, "places": torch.int32}
+    values |= dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), dtype)
+    values |= dict.fromkeys(("stats", "terms", "dbias", "extrema", "o0", "o1"), torch.float32)
+    if name == "dbias":
+        values["bias"] = torch.float32
+    compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+    values |= {"scale": 0.125} | options
+    # Whatever is left is a stride or a size, of which multiples of 16 are compiled alike.
+    arguments = {p.name: values.get(p.name, 4096) for p in kernel.params}
+    label = f"{kernel.__name__} {variant}, {str(dtype).removeprefix('torch.')}, D = {d}, causal"
+    return Instance(label, kernel, arguments, compiler)

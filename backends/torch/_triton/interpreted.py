@@ -9,6 +9,7 @@ kernels from the CPU.
 
 import os
 
+from sa_softmax.backends.protocol import OPERATIONS
 from sa_softmax.backends.torch import _kernels, _triton, adapter
 
 __all__ = ["Adapter", "install"]
@@ -35,7 +36,7 @@ def install() -> None:
 
 class Adapter(adapter.Adapter):
     name = "torch-triton-interpreted"
-    operations = ("sa_softmax", "sa_softmax_vjp")
+    operations = OPERATIONS
     devices = ("cpu",)
 
     def __init__(self) -> None:
