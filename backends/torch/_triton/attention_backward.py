@@ -4,9 +4,10 @@ With p, a, R, D, S of a row and g = dO V^T, the gradient of the scores is dx = p
 minimal key (D - S) / R if the minimum is below 0, and at one maximal key -D / R if the maximum is above 0 (G2, A8).
 ``product``: dx = p (g x - D) + g p.
 
-:func:`attention_dq` runs first. Inside its walk D = rowsum(dO * O); at its end it knows D and S as sums over its own
-tiles, and the two extremal keys. It leaves D, the extremal terms and the keys' indices in rows of ``terms`` and
-``places``, where :func:`attention_dkv` and :func:`attention_dbias` find the terms by comparing indices. Each sum has
+:func:`attention_dq` runs first and walks twice. The first walk sums D and S and finds the two extremal keys; D from
+rowsum(dO * O), as plain flash attention has it, would carry the rounding of a 16-bit O into a term that A10 wants in
+float32. The second sums dQ. The kernel leaves D, the extremal terms and the keys' indices in ``terms`` and ``places``,
+where :func:`attention_dkv` and :func:`attention_dbias` find the terms by comparing indices. Each sum has
 one owner and a fixed order: no atomics, and the same bits in every run.
 """
 
@@ -77,13 +78,47 @@ def _extremal(acc, k, stride_k, to_lo, to_hi, at_lo, at_hi, D: tl.constexpr, DP:
 
 
 @triton.jit
-def _dq(
-    acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, q, k, v, do, D_row, shift, c, m,
+def _sums(
+    sum_gpa, sum_gp, mn, mx, at_lo, at_hi, q, k, v, do, shift, c, m,
     begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """The first walk: sum g p a, sum g p, the extrema and the first of the keys that have them."""
+    for start in range(begin, end, BN):
+        kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
+        vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
+        j = start + tl.arange(0, BN)
+        x = participating(
+            product(q, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, Tk, upper, lower,
+            bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
+        )  # fmt: skip
+        gp = tl.where(x == -_INF, 0.0, product(do, tl.trans(vt)) * tl.exp(x - m[:, None]))
+        sum_gpa += tl.sum(tl.where(x == -_INF, 0.0, gp * ((x * UNIT - shift[:, None]) * c[:, None])), 1)
+        if VARIANT == "normalized":
+            sum_gp += tl.sum(gp, 1)
+            low = tl.where(x == -_INF, _INF, x)
+            least = tl.min(low, 1)
+            most = tl.max(x, 1)
+            here = tl.min(tl.where(low == least[:, None], j[None, :], _NOWHERE), 1)
+            at_lo = tl.where(least < mn, here, at_lo)
+            here = tl.min(tl.where(x == most[:, None], j[None, :], _NOWHERE), 1)
+            at_hi = tl.where(most > mx, here, at_hi)
+            mn = tl.minimum(mn, least)
+            mx = tl.maximum(mx, most)
+    return sum_gpa, sum_gp, mn, mx, at_lo, at_hi
+
+
+@triton.jit
+def _dq(
+    acc, q, k, v, do, D_row, shift, c, m,
+    begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+    CAREFUL: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The second walk: acc += dx k, without the extremal terms."""
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
@@ -93,32 +128,19 @@ def _dq(
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
         p = tl.exp(x - m[:, None])
-        gp = tl.where(x == -_INF, 0.0, product(do, tl.trans(vt)) * p)
+        gp = product(do, tl.trans(vt)) * p
         a = (x * UNIT - shift[:, None]) * c[:, None]
-        sum_gpa += tl.sum(tl.where(x == -_INF, 0.0, gp * a), 1)
-        if VARIANT == "normalized":
-            sum_gp += tl.sum(gp, 1)
-            if not CAREFUL:
-                low = tl.where(x == -_INF, _INF, x)
-                least = tl.min(low, 1)
-                most = tl.max(x, 1)
-                here = tl.min(tl.where(low == least[:, None], j[None, :], _NOWHERE), 1)
-                at_lo = tl.where(least < mn, here, at_lo)
-                here = tl.min(tl.where(x == most[:, None], j[None, :], _NOWHERE), 1)
-                at_hi = tl.where(most > mx, here, at_hi)
-                mn = tl.minimum(mn, least)
-                mx = tl.maximum(mx, most)
         dx = tl.where(x == -_INF, 0.0, gp * (a + UNIT * c[:, None]) - p * D_row[:, None])
         if CAREFUL:
             kt = finite(kt)
         acc += product(dx.to(kt.dtype), kt)
-    return acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi
+    return acc
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
 def attention_dq(
-    q, k, v, bias, mask, cu_q, cu_k, o, stats, do, dq, terms, places,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
+    q, k, v, bias, mask, cu_q, cu_k, stats, do, dq, terms, places,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j,
     Hq, Hkv, Tq, Tk, total_q, rows, tiles, upper, lower, scale, flags,
     VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
@@ -139,7 +161,6 @@ def attention_dq(
     q += b * q_b + tl.cast(h, tl.int64) * q_h + tl.cast(start_q, tl.int64) * q_t
     k += b * k_b + tl.cast(hk, tl.int64) * k_h + tl.cast(start_k, tl.int64) * k_t
     v += b * v_b + tl.cast(hk, tl.int64) * v_h + tl.cast(start_k, tl.int64) * v_t
-    o += b * o_b + tl.cast(h, tl.int64) * o_h + tl.cast(start_q, tl.int64) * o_t
     do += b * do_b + tl.cast(h, tl.int64) * do_h + tl.cast(start_q, tl.int64) * do_t
     dq += b * dq_b + tl.cast(h, tl.int64) * dq_h + tl.cast(start_q, tl.int64) * dq_t
     first = (b * Hq + h) * total_q + start_q
@@ -154,66 +175,57 @@ def attention_dq(
     i = row + tl.arange(0, BM)
     qt = load_tile(q, row, q_t, Tq, BM, D, DP, True)
     dot = load_tile(do, row, do_t, Tq, BM, DV, DVP, True)
-    ot = load_tile(o, row, o_t, Tq, BM, DV, DVP, True)
-    D_row = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
-    mx = tl.load(stats + i * 3, mask=i < Tq, other=-_INF)
-    l = tl.load(stats + i * 3 + 1, mask=i < Tq, other=0.0)
-    shift, c = factor(tl.load(stats + i * 3 + 2, mask=i < Tq, other=_INF), mx, VARIANT)
-    m = tl.where(mx == -_INF, 0.0, mx)
-    norm = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
-    c *= norm
-    D_row *= norm
-    begin, whole, cut, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
-    acc = tl.zeros((BM, DP), tl.float32)
     each = i < Tq
-    sum_gpa = tl.zeros((BM,), tl.float32)
-    sum_gp = tl.zeros((BM,), tl.float32)
-    mn = tl.full((BM,), _INF, tl.float32)
-    mx = tl.full((BM,), -_INF, tl.float32)
-    at_lo = tl.full((BM,), -1, tl.int32)
-    at_hi = tl.full((BM,), -1, tl.int32)
+    begin, _, _, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
+    acc = tl.zeros((BM, DP), tl.float32)
     if CAREFUL:
-        bad = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
+        m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, row, Tq, rows, VARIANT, BM)
         if VARIANT == "normalized":
-            _, _, _, _, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, row, Tq, rows, VARIANT, BM)
             acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
+        acc = _dq(
+            acc, qt, k, v, dot, D_row, shift, c, m,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
-        store_tile(dq, row, dq_t, Tq, acc * scale, bad, BM, D, DP)
+        each = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
+        store_tile(dq, row, dq_t, Tq, acc * scale, each, BM, D, DP)
     else:
-        if WINDOW:
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-                acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
-                begin, whole, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-                VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-            )  # fmt: skip
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
-            whole, cut, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, False, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        mx = tl.load(stats + i * 3, mask=each, other=-_INF)
+        l = tl.load(stats + i * 3 + 1, mask=each, other=0.0)
+        shift, c = factor(tl.load(stats + i * 3 + 2, mask=each, other=_INF), mx, VARIANT)
+        m = tl.where(mx == -_INF, 0.0, mx)
+        norm = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
+        c *= norm
+        D_row = tl.zeros((BM,), tl.float32)
+        S_row = tl.zeros((BM,), tl.float32)
+        mn = tl.full((BM,), _INF, tl.float32)
+        mx = tl.full((BM,), -_INF, tl.float32)
+        at_lo = tl.full((BM,), -1, tl.int32)
+        at_hi = tl.full((BM,), -1, tl.int32)
+        D_row, S_row, mn, mx, at_lo, at_hi = _sums(
+            D_row, S_row, mn, mx, at_lo, at_hi, qt, k, v, dot, shift, c, m,
+            begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            VARIANT, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
-        acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi = _dq(
-            acc, sum_gpa, sum_gp, mn, mx, at_lo, at_hi, qt, k, v, dot, D_row, shift, c, m,
-            cut, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
-        )  # fmt: skip
-
         tl.store(terms + i, m, mask=each)
         tl.store(terms + rows + i, shift, mask=each)
         tl.store(terms + 2 * rows + i, c, mask=each)
-        tl.store(terms + 3 * rows + i, sum_gpa * norm, mask=each)
+        tl.store(terms + 3 * rows + i, D_row * norm, mask=each)
         if VARIANT == "normalized":
-            _, c = factor(mn, mx, VARIANT)
-            to_lo = tl.where(mn < 0, (sum_gpa - sum_gp * norm) * (c * UNIT), 0.0)
-            to_hi = tl.where(mx > 0, -sum_gpa * (c * UNIT), 0.0)
+            _, inverse = factor(mn, mx, VARIANT)
+            inverse *= UNIT
+            to_lo = tl.where(mn < 0, (D_row - S_row * norm) * inverse, 0.0)
+            to_hi = tl.where(mx > 0, -D_row * inverse, 0.0)
             tl.store(terms + 4 * rows + i, to_lo, mask=each)
             tl.store(terms + 5 * rows + i, to_hi, mask=each)
             tl.store(places + i, at_lo, mask=each)
             tl.store(places + rows + i, at_hi, mask=each)
             acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
+        acc = _dq(
+            acc, qt, k, v, dot, D_row * norm, shift, c, m,
+            begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
+            False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+        )  # fmt: skip
         acc *= scale
         store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
         tl.store(flags, tl.max(bad_rows(acc).to(tl.int32), 0))

@@ -65,7 +65,7 @@ def attention_vjp(
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     upper, lower = _bounds(offset, left, q.shape[-2], k.shape[-2])
-    dq, dk, dv, dbias = _backward(_Shape(q, k, v, bias, mask), o, stats, do, upper, lower, scale, variant)
+    dq, dk, dv, dbias = _backward(_Shape(q, k, v, bias, mask), stats, do, upper, lower, scale, variant)
     if bias is not None and dbias is not None:
         if dbias.shape[0] > 1:  # the kernel sums over a batch axis that bias lacks, but not over one of several
             dbias = dbias.reshape(*q.shape[:-3], *dbias.shape[1:])
@@ -109,7 +109,7 @@ def attention_state(
 
 
 def _pieces(Tk: int, rows: int) -> int:
-    """How many pieces the keys are cut into: by the row's own shape, so that its bits do not depend on the batch (R1)."""
+    """How many pieces the keys are cut into: by shapes of one head, so that bits do not depend on the batch (R1)."""
     return 1 if rows > 64 else triton.cdiv(max(Tk, 1), 512)
 
 
@@ -128,8 +128,8 @@ def varlen_vjp(
     max_q: int, max_k: int, left: int, right: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _packed(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
-    o, do = (x.transpose(0, 1).unsqueeze(0) for x in (o, do))
-    dq, dk, dv, _ = _backward(shape, o, stats, do, *_window(left, right, max_q, max_k), scale, variant)
+    do = do.transpose(0, 1).unsqueeze(0)
+    dq, dk, dv, _ = _backward(shape, stats, do, *_window(left, right, max_q, max_k), scale, variant)
     dq, dk, dv = (x[0].transpose(0, 1).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
 
@@ -151,7 +151,7 @@ class _Shape:
     """The tensors with one batch axis and contiguous rows, as the kernels take them, and what follows from them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
-        self.q, self.k, self.v = (_rows(x.reshape(-1, *x.shape[-3:])) for x in (q, k, v))
+        self.q, self.k, self.v = (_rows(x.reshape(x.shape[:-3].numel(), *x.shape[-3:])) for x in (q, k, v))
         self.bias, self.mask = (None if x is None else _option(x, q.shape[:-3]) for x in (bias, mask))
         if self.mask is not None:
             self.mask = self.mask.view(torch.uint8)
@@ -198,7 +198,7 @@ def _option(x: Tensor, batch: torch.Size) -> Tensor:
     x = x.reshape(*[1] * (len(batch) + 3 - x.ndim), *x.shape)
     if x.shape[:-3].numel() > 1:
         x = x.expand(*batch, *x.shape[-3:])
-    return x.reshape(-1, *x.shape[-3:])
+    return x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
@@ -239,9 +239,9 @@ def _forward(
 
 
 def _backward(
-    s: _Shape, o: Tensor, stats: Tensor, do: Tensor, upper: int | None, lower: int | None, scale: float, variant: str
+    s: _Shape, stats: Tensor, do: Tensor, upper: int | None, lower: int | None, scale: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    o, do = (_rows(x.reshape(s.B, s.Hq, s.rows, s.DV)) for x in (o, do))
+    do = _rows(do.reshape(s.B, s.Hq, s.rows, s.DV))
     dq, dk, dv = ((torch.zeros_like if s.packed else torch.empty_like)(x) for x in (s.q, s.k, s.v))
     dbias = None if s.bias is None else s.bias.new_zeros(s.bias.shape, dtype=torch.float32)
     stats = stats.contiguous()
@@ -257,8 +257,8 @@ def _backward(
     _launch(
         attention_dq, n * s.sequences * s.Hq,
         (
-            *inputs, *s.cu, o, stats, do, dq, terms, places,
-            *strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *optional,
+            *inputs, *s.cu, stats, do, dq, terms, places,
+            *strides, *do.stride()[:3], *dq.stride()[:3], *optional,
             s.Hq, s.Hkv, s.Tq, s.Tk, s.rows, rows, n, *bounds,
         ), options, {"BN": min(32, options["BN"])},
     )  # fmt: skip
@@ -287,7 +287,7 @@ def _backward(
 
 
 def instances() -> "Iterator[Instance]":
-    """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: training and decoding at the usual sizes."""
+    """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: training and decoding, usual sizes."""
     for kernel in ("forward", "dq", "dkv"):
         for d in (64, 128):
             for variant in ("product", "normalized"):

@@ -9,10 +9,9 @@ kernels from the CPU.
 
 import os
 
-from sa_softmax.backends.protocol import OPERATIONS
 from sa_softmax.backends.torch import _kernels, _triton, adapter
 
-__all__ = ["Adapter", "install"]
+__all__ = ["Adapter", "AttentionAdapter", "install"]
 
 NAME = "triton in its interpreter"
 
@@ -36,9 +35,15 @@ def install() -> None:
 
 class Adapter(adapter.Adapter):
     name = "torch-triton-interpreted"
-    operations = OPERATIONS
+    operations = ("sa_softmax", "sa_softmax_vjp")
     devices = ("cpu",)
 
     def __init__(self) -> None:
         install()
         super().__init__()
+
+
+class AttentionAdapter(Adapter):
+    name = "torch-triton-attention-interpreted"
+    operations = ("sa_attention", "sa_attention_vjp")
+    dtypes = ("float16", "float32")  # in bfloat16 the interpreter's products are wrong, without a word
