@@ -6,7 +6,8 @@ minimal key (D - S) / R if the minimum is below 0, and at one maximal key -D / R
 
 :func:`attention_dq` runs first and walks twice. The first walk sums D and S and finds the two extremal keys; D from
 rowsum(dO * O), as plain flash attention has it, would carry the rounding of a 16-bit O into a term that A10 wants in
-float32. The second sums dQ. The kernel leaves D, the extremal terms and the keys' indices in ``terms`` and ``places``,
+float32, and extremal terms that are added in the end would no longer cancel what they cancel once dx is rounded. The
+second sums dQ. The kernel leaves D, the extremal terms and the keys' indices in ``terms`` and ``places``,
 where :func:`attention_dkv` and :func:`attention_dbias` find the terms by comparing indices. Each sum has
 one owner and a fixed order: no atomics, and the same bits in every run.
 """
@@ -26,7 +27,7 @@ from sa_softmax.backends.torch._triton.attention_tiles import (
     participating,
     place,
     product,
-    query_ranges,
+    query_range,
     store_tile,
 )
 
@@ -66,15 +67,13 @@ def _terms(terms, places, start, Tq, rows, VARIANT: tl.constexpr, BM: tl.constex
 
 
 @triton.jit
-def _extremal(acc, k, stride_k, to_lo, to_hi, at_lo, at_hi, D: tl.constexpr, DP: tl.constexpr):
-    """acc and the terms of the two extremal keys, gathered from k."""
-    d = tl.arange(0, DP)[None, :]
-    keep = (to_lo != 0)[:, None] & (d < D)
-    kt = tl.load(k + tl.cast(tl.maximum(at_lo, 0), tl.int64)[:, None] * stride_k + d, mask=keep, other=0.0)
-    acc += to_lo[:, None] * kt.to(tl.float32)
-    keep = (to_hi != 0)[:, None] & (d < D)
-    kt = tl.load(k + tl.cast(tl.maximum(at_hi, 0), tl.int64)[:, None] * stride_k + d, mask=keep, other=0.0)
-    return acc + to_hi[:, None] * kt.to(tl.float32)
+def _dx(x, gp, p, j, shift, c, D_row, to_lo, to_hi, at_lo, at_hi, VARIANT: tl.constexpr):
+    """dx, with the extremal terms where ``j`` is the key that has them; the vectors of the rows are as wide as x."""
+    dx = gp * ((x * UNIT - shift) * c + UNIT * c) - p * D_row
+    if VARIANT == "normalized":
+        dx += tl.where(j == at_lo, to_lo, 0.0)
+        dx += tl.where(j == at_hi, to_hi, 0.0)
+    return tl.where(x == -_INF, 0.0, dx)
 
 
 @triton.jit
@@ -112,13 +111,13 @@ def _sums(
 
 @triton.jit
 def _dq(
-    acc, q, k, v, do, D_row, shift, c, m,
+    acc, q, k, v, do, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
     begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The second walk: acc += dx k, without the extremal terms."""
+    """The second walk: acc += dx k."""
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
@@ -128,12 +127,11 @@ def _dq(
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
         p = tl.exp(x - m[:, None])
-        gp = product(do, tl.trans(vt)) * p
-        a = (x * UNIT - shift[:, None]) * c[:, None]
-        dx = tl.where(x == -_INF, 0.0, gp * (a + UNIT * c[:, None]) - p * D_row[:, None])
-        if CAREFUL:
-            kt = finite(kt)
-        acc += product(dx.to(kt.dtype), kt)
+        dx = _dx(
+            x, product(do, tl.trans(vt)) * p, p, j[None, :], shift[:, None], c[:, None], D_row[:, None],
+            to_lo[:, None], to_hi[:, None], at_lo[:, None], at_hi[:, None], VARIANT,
+        )  # fmt: skip
+        acc += product(dx.to(kt.dtype), finite(kt) if CAREFUL else kt)
     return acc
 
 
@@ -180,12 +178,10 @@ def attention_dq(
     acc = tl.zeros((BM, DP), tl.float32)
     if CAREFUL:
         m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, row, Tq, rows, VARIANT, BM)
-        if VARIANT == "normalized":
-            acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
         acc = _dq(
-            acc, qt, k, v, dot, D_row, shift, c, m,
+            acc, qt, k, v, dot, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
         each = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
         store_tile(dq, row, dq_t, Tq, acc * scale, each, BM, D, DP)
@@ -211,20 +207,18 @@ def attention_dq(
         tl.store(terms + rows + i, shift, mask=each)
         tl.store(terms + 2 * rows + i, c, mask=each)
         tl.store(terms + 3 * rows + i, D_row * norm, mask=each)
+        _, inverse = factor(mn, mx, VARIANT)
+        to_lo = tl.where(mn < 0, (D_row - S_row * norm) * (inverse * UNIT), 0.0)
+        to_hi = tl.where(mx > 0, -D_row * (inverse * UNIT), 0.0)
         if VARIANT == "normalized":
-            _, inverse = factor(mn, mx, VARIANT)
-            inverse *= UNIT
-            to_lo = tl.where(mn < 0, (D_row - S_row * norm) * inverse, 0.0)
-            to_hi = tl.where(mx > 0, -D_row * inverse, 0.0)
             tl.store(terms + 4 * rows + i, to_lo, mask=each)
             tl.store(terms + 5 * rows + i, to_hi, mask=each)
             tl.store(places + i, at_lo, mask=each)
             tl.store(places + rows + i, at_hi, mask=each)
-            acc = _extremal(acc, k, k_t, to_lo, to_hi, at_lo, at_hi, D, DP)
         acc = _dq(
-            acc, qt, k, v, dot, D_row * norm, shift, c, m,
+            acc, qt, k, v, dot, m, shift, c, D_row * norm, to_lo, to_hi, at_lo, at_hi,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
         acc *= scale
         store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
@@ -250,15 +244,12 @@ def _dkv(
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
         p = tl.exp(x - m[None, :])
-        a = (x * UNIT - shift[None, :]) * c[None, :]
-        y = tl.where(x == -_INF, 0.0, a * p).to(dot.dtype)
+        y = tl.where(x == -_INF, 0.0, (x * UNIT - shift[None, :]) * c[None, :] * p).to(dot.dtype)
         dv += product(y, finite(dot) if CAREFUL else dot)
-        gp = product(v, tl.trans(dot)) * p
-        dx = gp * (a + UNIT * c[None, :]) - p * D_row[None, :]
-        if VARIANT == "normalized":
-            dx += tl.where(j[:, None] == at_lo[None, :], to_lo[None, :], 0.0)
-            dx += tl.where(j[:, None] == at_hi[None, :], to_hi[None, :], 0.0)
-        dx = tl.where(x == -_INF, 0.0, dx).to(qt.dtype)
+        dx = _dx(
+            x, product(v, tl.trans(dot)) * p, p, j[:, None], shift[None, :], c[None, :], D_row[None, :],
+            to_lo[None, :], to_hi[None, :], at_lo[None, :], at_hi[None, :], VARIANT,
+        ).to(qt.dtype)  # fmt: skip
         dk += product(dx, finite(qt) if CAREFUL else qt)
     return dk, dv
 
@@ -287,7 +278,7 @@ def _poison(
 def _dkv_of_group(
     CAREFUL: tl.constexpr, q, kt, vt, bias, mask, do, terms, places,
     q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
-    G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
+    G, total_q, rows, begin, end, j, Tq, Tk, upper, lower, scale,
     VARIANT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -351,11 +342,11 @@ def attention_dkv(
     each = j < Tk
     kt = load_tile(k, row, k_t, Tk, BN, D, DP, True)
     vt = load_tile(v, row, v_t, Tk, BN, DV, DVP, True)
-    begin, whole, cut, end = query_ranges(row, Tq, upper, lower, CAUSAL, WINDOW, BM, BN)
+    begin, end = query_range(row, Tq, upper, lower, CAUSAL, WINDOW, BM, BN)
     dkt, dvt = _dkv_of_group(
         CAREFUL, q, kt, vt, bias, mask, do, terms, places,
         q_h, q_t, do_h, do_t, bias_h, bias_i, bias_j, mask_h, mask_i, mask_j,
-        G, total_q, rows, begin, whole, cut, end, j, Tq, Tk, upper, lower, scale,
+        G, total_q, rows, begin, end, j, Tq, Tk, upper, lower, scale,
         VARIANT, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
     )  # fmt: skip
     if CAREFUL:
@@ -427,13 +418,10 @@ def attention_dbias(
                         True, CAUSAL, WINDOW, True, MASK,
                     )  # fmt: skip
                     p = tl.exp(x - m[:, None])
-                    gp = product(dot, tl.trans(vt)) * p
-                    a = (x * UNIT - shift[:, None]) * c[:, None]
-                    dx = gp * (a + UNIT * c[:, None]) - p * D_row[:, None]
-                    if VARIANT == "normalized":
-                        dx += tl.where(j[None, :] == at_lo[:, None], to_lo[:, None], 0.0)
-                        dx += tl.where(j[None, :] == at_hi[:, None], to_hi[:, None], 0.0)
-                    acc += tl.where(x == -_INF, 0.0, dx)
+                    acc += _dx(
+                        x, product(dot, tl.trans(vt)) * p, p, j[None, :], shift[:, None], c[:, None], D_row[:, None],
+                        to_lo[:, None], to_hi[:, None], at_lo[:, None], at_hi[:, None], VARIANT,
+                    )  # fmt: skip
     i = ti * BM + tl.arange(0, BM)
     j = tj * BN + tl.arange(0, BN)
     keep = (i < Tq)[:, None] & (j < Tk)[None, :]

@@ -102,21 +102,15 @@ def key_ranges(
 
 
 @triton.jit
-def query_ranges(
-    j, Tq, upper, lower, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """Of the keys j to j + BN, the same of queries in tiles of BM."""
+def query_range(j, Tq, upper, lower, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The first query of the first tile of BM that sees one of the keys j to j + BN, and the end."""
     begin = 0
-    whole = 0
     end = Tq
-    stop = Tq
     if WINDOW:
         end = tl.minimum(Tq, tl.maximum(j + BN - lower, 0))
-        stop = tl.minimum(Tq, tl.maximum(j + 1 - lower, 0))
     if CAUSAL:
         begin = tl.minimum(tl.maximum(j - upper, 0) // BM * BM, end)
-        whole = tl.minimum((tl.maximum(j + BN - 1 - upper, 0) + BM - 1) // BM * BM, (end + BM - 1) // BM * BM)
-    return begin, whole, tl.maximum(stop // BM * BM, whole), end
+    return begin, end
 
 
 @triton.jit
