@@ -140,7 +140,8 @@ class _AttentionVjp(Function):
         q, k, v, bias, mask, do = ctx.saved_tensors
 
         def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-            return compose_vjp(q, k, v, bias[0] if bias else None, mask, do, *ctx.options)[: 3 + len(bias)]
+            dq, dk, dv, dbias = compose_vjp(q, k, v, bias[0] if bias else None, mask, do, *ctx.options)
+            return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
 
         inputs = (q, k, v, do) if bias is None else (q, k, v, do, bias)
         dq, dk, dv, ddo, *dbias = torch.func.vjp(gradients, *inputs)[1](tangents[: len(inputs) - 1])

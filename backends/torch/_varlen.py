@@ -60,7 +60,7 @@ class _Varlen(Function):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         options = ctx.max_q, ctx.max_k, ctx.left, ctx.right, ctx.scale, ctx.variant
         dq, dk, dv = torch.ops.sa_softmax.varlen_vjp(*ctx.saved_tensors, do, *options)

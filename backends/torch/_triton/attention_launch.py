@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 # (docs/triton-attention.md), so still to be timed.
 _TILES = {
     "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
-    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 1)},
+    "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 1)},
     "dkv": {64: Tiles(32, 128, 8, 3), 128: Tiles(16, 128, 8, 2), 256: Tiles(16, 32, 4, 1)},
     "state": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)},
     "dbias": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
@@ -44,6 +44,15 @@ def tiles(kernel: str, dtype: torch.dtype, d: int) -> Tiles:
     """``d`` is the larger one of the padded head dimensions of keys and values."""
     table = _TILES_FLOAT32 if dtype == torch.float32 else _TILES[kernel]
     return table[max(d, min(table))]
+
+
+def _fitted(of: Tiles, kernel: str) -> Tiles:
+    """``of``, which is for Hopper, on the device at hand."""
+    if torch.version.hip is not None:  # warps of 64 threads, with 64 KiB of shared memory
+        return of._replace(num_warps=max(of.num_warps // 2, 1), num_stages=min(of.num_stages, 2))
+    if kernel == "forward" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
+        return of._replace(BN=min(of.BN, 32))
+    return of
 
 
 def attention(
@@ -94,7 +103,7 @@ def attention_state(
 
     extrema, o0, o1 = empty(pieces, rows, 3), empty(pieces, rows, s.DV), empty(pieces, rows, s.DV)
     lead = q.shape[:-1]
-    state = *(empty(*lead, 1) for _ in range(3)), *(empty(*lead, s.DV) for _ in range(2))
+    state = empty(*lead, 1), empty(*lead, 1), empty(*lead, 1), empty(*lead, s.DV), empty(*lead, s.DV)
     if rows:
         state_of_piece[(*across, pieces)](
             s.q, s.k, s.v, s.bias, s.mask, extrema, o0, o1,
@@ -171,7 +180,7 @@ class _Shape:
 
     def options(self, kernel: str, upper: int | None, lower: int | None, variant: str) -> dict[str, Any]:
         DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (self.D, self.DV))
-        BM, BN, warps, stages = tiles(kernel, self.q.dtype, max(DP, DVP))
+        BM, BN, warps, stages = _fitted(tiles(kernel, self.q.dtype, max(DP, DVP)), kernel)
         return {
             "VARIANT": variant, "CAUSAL": upper is not None, "WINDOW": lower is not None,
             "BIAS": self.bias is not None, "MASK": self.mask is not None, "VARLEN": self.cu[0] is not None,
@@ -316,4 +325,7 @@ def _instance(name: str, dtype: torch.dtype, d: int, variant: str) -> "Instance"
     # Whatever is left is a stride or a size, of which multiples of 16 are compiled alike.
     arguments = {p.name: values.get(p.name, 4096) for p in kernel.params}
     label = f"{kernel.__name__} {variant}, {str(dtype).removeprefix('torch.')}, D = {d}, causal"
-    return Instance(label, kernel, arguments, compiler)
+    # An A100 is given smaller tiles for the forward pass, see _fitted.
+    spills = {"sm_80": 64} if name == "forward" else {}
+    amd = {"num_warps": compiler["num_warps"] // 2, "num_stages": min(compiler["num_stages"], 2)}
+    return Instance(label, kernel, arguments, compiler, amd=amd, spills=spills)

@@ -58,9 +58,9 @@ def state_of_piece(
     poison = tl.zeros((BM, DVP), tl.float32)
     for start in range(begin, end, BN):
         j = start + tl.arange(0, BN)
-        at = tl.cast(j, tl.int64)[:, None]
-        kt = tl.load(k + at * k_t + d[None, :], mask=(j < end)[:, None] & (d < D)[None, :], other=0.0)
-        vt = tl.load(v + at * v_t + e[None, :], mask=(j < end)[:, None] & (e < DV)[None, :], other=0.0)
+        far = tl.cast(j, tl.int64)[:, None]
+        kt = tl.load(k + far * k_t + d[None, :], mask=(j < end)[:, None] & (d < D)[None, :], other=0.0)
+        vt = tl.load(v + far * v_t + e[None, :], mask=(j < end)[:, None] & (e < DV)[None, :], other=0.0)
         x = participating(
             product(qt, tl.trans(kt)) * scale, i[:, None], j[None, :], Tq, end, upper, 0,
             bias_h_, bias_i, bias_j, mask_h_, mask_i, mask_j, True, CAUSAL, False, BIAS, MASK,
