@@ -1,6 +1,5 @@
 """Sharded tensors: two processes give what one gives, whatever is sharded, gradients included."""
 
-# ruff: noqa: E402
 import itertools
 import os
 import subprocess
@@ -56,7 +55,7 @@ def randn(*shape: int, seed: int) -> Any:
 
 
 def compare(f: Any, tensors: dict[str, Any], shardings: dict[str, Any], mesh: Any, expected: Any = None) -> None:
-    """f and the gradients of sum(g * f) on plain tensors, and on tensors sharded as ``shardings`` says (None: plain)."""
+    """f and the gradients of sum(g * f) on plain tensors and on those sharded as ``shardings`` says (None: plain)."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def results(inputs: dict[str, Any]) -> list[Any]:
@@ -81,8 +80,9 @@ def compare(f: Any, tensors: dict[str, Any], shardings: dict[str, Any], mesh: An
 
 
 def rows(mesh: Any) -> int:
-    from sa_softmax.backends.torch import sa_softmax
     from torch.distributed.tensor import Replicate, Shard
+
+    from sa_softmax.backends.torch import sa_softmax
 
     x = randn(3, 4, 5, seed=1)  # 3 and 5 do not divide into two
     count = 0
@@ -99,8 +99,9 @@ def rows(mesh: Any) -> int:
 
 
 def rows_under_masks(mesh: Any) -> int:
-    from sa_softmax.backends.torch import sa_softmax
     from torch.distributed.tensor import Replicate, Shard
+
+    from sa_softmax.backends.torch import sa_softmax
 
     x = randn(3, 4, 5, seed=1)
     count = 0
@@ -117,8 +118,9 @@ def rows_under_masks(mesh: Any) -> int:
 
 
 def attention(mesh: Any) -> int:
-    from sa_softmax.backends.torch import sa_attention
     from torch.distributed.tensor import Replicate, Shard
+
+    from sa_softmax.backends.torch import sa_attention
 
     q, k, v = randn(2, 4, 3, 5, seed=1), randn(2, 2, 6, 5, seed=2), randn(2, 2, 6, 7, seed=3)
     narrow = {"q": q, "k": k[:, :1], "v": v[:, :1]}  # one key head cannot be shared out
@@ -147,8 +149,9 @@ def attention(mesh: Any) -> int:
 
 
 def second_derivatives(mesh: Any) -> int:
-    from sa_softmax.backends.torch import sa_softmax
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    from sa_softmax.backends.torch import sa_softmax
 
     x, g, t = (randn(4, 5, seed=seed) for seed in (1, 2, 3))
 
@@ -163,8 +166,9 @@ def second_derivatives(mesh: Any) -> int:
 
 
 def compiled(mesh: Any) -> int:
-    from sa_softmax.backends.torch import sa_softmax
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    from sa_softmax.backends.torch import sa_softmax
 
     x = randn(4, 5, seed=1)
     f = torch.compile(sa_softmax, fullgraph=True, backend="aot_eager")

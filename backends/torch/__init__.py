@@ -5,18 +5,21 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax, check_varlen
 from sa_softmax.backends._native import native
 from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton, _varlen
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
+from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
 
 __all__ = [
     "AttentionState",
+    "SAMultiheadAttention",
     "SASoftmax",
     "attention_from_state",
     "attention_state",
+    "convert_module",
     "implementation",
     "merge_states",
     "sa_attention",
@@ -42,10 +45,11 @@ if (
 def implementation(device: torch.device | str) -> str:
     """What runs on ``device``: "native" and an instruction set, "triton", or "composition" (PyTorch's own operators).
 
-    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors where
-    Triton is (they have been compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment variable
-    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
-    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors
+    where Triton is (compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment
+    variable ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an
+    error if those of the CPU cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the
+    composition's.
     """
     return _kernels.implementation(torch.device(device).type)
 
@@ -233,31 +237,3 @@ def varlen_sa_attention(
         _TORCH, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, variant=variant, scale=scale, window_size=window_size
     )
     return _varlen.varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *window_size, scale, variant)
-
-
-class SASoftmax(nn.Module):
-    """:func:`sa_softmax` as a module, in the place of ``nn.Softmax``.
-
-    The gradient of a row of zeros is 0 by convention under ``normalized`` (G5), because it grows like 1/R as the row
-    approaches zero and has no finite limit. A model whose query or key projection starts at exactly zero, as some
-    initialisation schemes have it, therefore stays dead: start it elsewhere, or use ``product``. The module does not
-    warn of such rows: it would have to read values, which stalls a device and cannot be traced.
-
-    Args:
-        axis: the axis whose slices are the rows.
-        variant: "normalized" or "product".
-
-    Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
-    """
-
-    def __init__(self, axis: int = -1, variant: str = "normalized") -> None:
-        super().__init__()
-        self.axis = axis
-        self.variant = variant
-
-    def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """Arguments, result and errors as in :func:`sa_softmax`."""
-        return sa_softmax(x, axis=self.axis, variant=self.variant, where=where)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, variant={self.variant!r}"

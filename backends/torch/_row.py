@@ -27,7 +27,7 @@ def apply(function: type[Function], compose: Any, *args: Any) -> Any:
     if forward_ad._current_level >= 0:
         return compose(*args)
     # Under torch.func, Dynamo traces the forward of a Function and forgets its backward.
-    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return compose(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
 

@@ -7,7 +7,7 @@ runs, and derivatives of any order hold. Tensors that are not sharded count as r
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from sa_softmax.backends.torch import _attention, _row
@@ -86,7 +86,7 @@ def _global(
     x: Tensor, like: DTensor, placements: Sequence[Placement], shape: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
     mesh = like.device_mesh
-    return DTensor.from_local(x, mesh, placements, run_check=False, shape=tuple(shape), stride=tuple(stride))
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=Size(shape), stride=tuple(stride))
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ __all__ = ["Adapter"]
 class Adapter:
     name = "torch"
     version = f"torch {torch.__version__}"
-    operations = OPERATIONS
-    dtypes = ("float16", "bfloat16", "float32", "float64")
+    operations: tuple[str, ...] = OPERATIONS
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     devices = (
         "cpu",
         *(["cuda"] if torch.cuda.is_available() else []),

@@ -4,6 +4,12 @@
 namespace sa_softmax {
 namespace {
 
+size_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// An output of this many bytes would push what else there is out of a last cache of usual size. (What the system says of
+// that cache is no help: on virtual machines it is often the host's.)
+constexpr double kLargest = 1 << 23;
+
 void run_rows(const RowOptions& options, const Array& x, const Array* g, const Array* where, const Array& y,
               const char* y_name, const Parallel& parallel) {
   check_variant(options.variant);
@@ -64,6 +70,9 @@ void run_rows(const RowOptions& options, const Array& x, const Array* g, const A
   job.outer_shape = outer_shape.data();
   job.outer = outer.data();
   job.normalized = options.variant == Variant::normalized;
+  job.direct = job.n >= kShortest && job.along.x == 1 && job.along.y == 1 && (g == nullptr || job.along.g == 1) &&
+               (where == nullptr || job.along.where == 1);
+  job.streams = job.direct && double(count(x.shape)) * double(element_size(options.dtype)) >= kLargest;
 
   const RowKernels& table = kernels().rows;
   const auto run = (g != nullptr ? table.vjp : table.forward)[int(options.dtype)];

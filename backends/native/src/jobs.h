@@ -10,6 +10,8 @@ namespace sa_softmax {
 constexpr int64_t kPad = 64;
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
+constexpr int64_t kShortest = 16;  // the most lanes of a vector
+
 // Strides in elements of x, g, where and y.
 struct RowStrides {
   int64_t x, g, where, y;
@@ -27,10 +29,12 @@ struct RowJob {
   const int64_t* outer_shape;
   const RowStrides* outer;
   bool normalized;
+  bool direct;   // rows are read and written where they lie: n >= kShortest, and they are contiguous
+  bool streams;  // if direct: the output goes past the caches
 
   int64_t tiles_across() const { return (columns + width - 1) / width; }
-  // z, g and e of a tile, in elements of the compute type.
-  int64_t scratch() const { return (2 * width + 1) * padded(n); }
+  // e, or z, g and e of a tile, in elements of the compute type.
+  int64_t scratch() const { return direct ? padded(n) : (2 * width + 1) * padded(n); }
 };
 
 // Strides in elements of q, k, v, bias, mask and o.

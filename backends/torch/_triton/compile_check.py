@@ -68,7 +68,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Usage:
-    """registers: of a thread (AMD: vector registers, both files). spills: bytes of a thread's registers that live in memory."""
+    """Of a thread: registers (AMD: vector ones), and bytes of them spilled to memory. Of a program: bytes shared"""
 
     registers: int
     spills: int
@@ -96,7 +96,7 @@ def _source(instance: Instance) -> ASTSource:
     def type_of(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
             return tuple(type_of(item, (*path, i)) for i, item in enumerate(value))
-        if value is None or value == 1 and len(path) >= 1 and not isinstance(value, bool):
+        if value is None or (value == 1 and len(path) >= 1 and not isinstance(value, bool)):
             constants[path] = value
             return "constexpr"
         if isinstance(value, torch.dtype):
@@ -116,7 +116,7 @@ def _source(instance: Instance) -> ASTSource:
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = type_of(value, (i,))
-    return ASTSource(kernel, signature, constants, attributes)  # type: ignore[no-untyped-call]
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 _TYPES = {
@@ -181,8 +181,8 @@ _PAGE = """\
 Written by `python -m sa_softmax.backends.torch._triton.compile_check --write docs/triton-registers.md` with Triton
 {version}, which compiles for GPUs that need not be there. None of these kernels has run on a GPU yet.
 
-Each cell: registers of a thread, of those that it may take; bytes of them that are spilled to memory; shared memory of a
-program. On AMD, registers are vector registers. A test compiles all of this again and fails where a bound is broken.
+Each cell: registers of a thread, of those that it may take; bytes of them that are spilled to memory; shared memory of
+a program. On AMD, registers are vector registers. A test compiles all of this again and fails where a bound is broken.
 
 {table}
 """

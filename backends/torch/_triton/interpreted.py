@@ -27,7 +27,7 @@ def install() -> None:
         return
     if os.environ.get("TRITON_INTERPRET") != "1" or running != "composition":
         raise RuntimeError(
-            f"the interpreted kernels need TRITON_INTERPRET=1 and SA_SOFTMAX_IMPLEMENTATION=composition from the start; "
+            f"interpreted kernels need TRITON_INTERPRET=1 and SA_SOFTMAX_IMPLEMENTATION=composition from the start; "
             f"got TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}, and the CPU runs {running!r}"
         )
     _kernels.register("cpu", NAME, _triton)
@@ -35,7 +35,9 @@ def install() -> None:
 
 class Adapter(adapter.Adapter):
     name = "torch-triton-interpreted"
-    operations = ("sa_softmax", "sa_softmax_vjp")
+    operations: tuple[str, ...] = ("sa_softmax", "sa_softmax_vjp")
+    # Not bfloat16: the interpreter cuts off the bits that a GPU rounds to nearest.
+    dtypes: tuple[str, ...] = ("float16", "float32", "float64")
     devices = ("cpu",)
 
     def __init__(self) -> None:
@@ -46,4 +48,4 @@ class Adapter(adapter.Adapter):
 class AttentionAdapter(Adapter):
     name = "torch-triton-attention-interpreted"
     operations = ("sa_attention", "sa_attention_vjp")
-    dtypes = ("float16", "float32")  # in bfloat16 the interpreter's products are wrong, without a word
+    dtypes = ("float16", "float32")

@@ -12,7 +12,7 @@ merges those of its row and writes. Bytes that cross memory, with B those of x:
     ==================  =====================  ======================
 
 One read is the floor. A second is needed where a row does not fit in registers, since an entry of the result depends
-on the row's extrema and sum; a third is not, because what a chunk says of itself merges: with m, l, lo, S and A the
+on the row's extrema and sum; a third is not, because what a chunk says of itself merges: with m, total, lo, S and A the
 chunk's maximum, sum of exponentials, minimum, sum(g p) and sum(g y), each of the chunk taken as a row of its own.
 
 A row gives the same bits wherever it stands (R1): sums are trees whose shape depends on the number of columns alone,
@@ -73,8 +73,10 @@ def _run(direction: str, inputs: tuple[Tensor, ...], where: Tensor | None, axis:
     partials = None
     if chunks > 1:
         partials = x.new_empty(7, chunks, rows, dtype=torch.promote_types(x.dtype, torch.float32))
-        statistics[grid](partials, *arguments, **constants, **options)
-    write[grid](partials, *arguments, **constants, **options)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
+        if chunks > 1:
+            statistics[grid](partials, *arguments, **constants, **options)
+        write[grid](partials, *arguments, **constants, **options)
     return out
 
 
@@ -98,9 +100,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(
-    direction: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int, *strides: tuple[int, ...]
-) -> _Plan:
+def _plan(direction: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int, *strides: tuple[int, ...]) -> _Plan:
     n = shape[axis]
     # The axes beside it, the fastest in x first; neighbours that are one axis to every tensor become one.
     others = sorted((i for i in range(len(shape)) if i != axis and shape[i] > 1), key=lambda i: strides[0][i])
@@ -111,11 +111,11 @@ def _plan(
             axes[-1] = (axes[-1][0] * shape[i], axes[-1][1])
         else:
             axes.append((shape[i], steps))
-    axes = axes or [(1, [0] * len(strides))]
+    axes = axes or [(1, [n * s[axis] for s in strides])]
     whole = WHOLE[direction] // (4 if dtype == torch.float64 else 1)
     columns = min(max(triton.next_power_of_2(n), 16), whole)
     if axes[0][1][0] < strides[0][axis]:  # neighbouring rows, not neighbouring columns, lie together in memory
-        rows = max(1, min(32, 4096 // columns))
+        rows = max(1, min(32, 2048 // columns))
         threads = rows * columns // 4  # few entries for each, since addresses take registers, too
     else:
         rows = max(1, 2048 // columns)
@@ -131,8 +131,8 @@ def _plan(
     )
 
 
-# Below, a tile is (ROWS, COLS) and what belongs to a row (ROWS, 1). z is x, -inf where an entry does not participate, in the
-# compute dtype. m is the maximum, or 0 if nothing participates; l the sum of exp(z - m); lo = min(0, minimum).
+# Below, a tile is (ROWS, COLS) and what belongs to a row (ROWS, 1). z is x in the compute dtype, -inf where an entry
+# does not participate. m is the maximum, or 0 if nothing participates; total is sum(exp(z - m)); lo = min(0, minimum).
 
 
 @triton.constexpr_function
@@ -154,7 +154,7 @@ def _sum(x):
 
 
 @triton.jit
-def _tile(sizes, rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+def _tile(rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
     """The rows and columns of this program's tile, and which of its entries exist."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]
@@ -185,8 +185,8 @@ def _participating(x, where, x_strides, where_strides, sizes, r, c, exists):
 
 @triton.jit
 def _exp(z, m, AGAIN: tl.constexpr = 0):
-    """exp(z - m). The bits do not depend on AGAIN, which only keeps the compiler from recognising what it computed before
-    and holding a tile of it in registers until now."""
+    """exp(z - m). The bits do not depend on AGAIN, which keeps the compiler from recognising what it computed before,
+    and from holding a tile of it in registers until now."""
     scale: tl.constexpr = 2.0**-AGAIN
     return tl.exp2((z * scale - m * scale) * (_LOG2E / scale))
 
@@ -230,13 +230,13 @@ def _factor(z, lo, unit, inverse, rest, AGAIN: tl.constexpr = 0):
 
 
 @triton.jit
-def _inverse(l):
-    return tl.where(l == 0, 0.0, 1.0 / l)
+def _inverse(total):
+    return tl.where(total == 0, 0.0, 1.0 / total)
 
 
 @triton.jit
 def _partials(partials, quantity: tl.constexpr, chunk, r, rows):
-    """Where the workspace (quantity, chunk, row) holds a statistic: m, l, lo, A, S, and the ties at lo and at m."""
+    """Where the workspace (quantity, chunk, row) holds a statistic: m, total, lo, A, S, and the ties at lo and at m."""
     return partials + ((quantity * tl.num_programs(1) + chunk) * rows + r)
 
 
@@ -248,17 +248,17 @@ def _chunks(partials, r, rows, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _merged(partials, r, rows, NORMALIZED: tl.constexpr, CHUNKS: tl.constexpr):
-    """m, l and lo of whole rows."""
+    """m, total and lo of whole rows."""
     chunk, exists = _chunks(partials, r, rows, CHUNKS)
-    l = tl.load(_partials(partials, 1, chunk, r, rows), exists, other=0.0)
+    total = tl.load(_partials(partials, 1, chunk, r, rows), exists, other=0.0)
     m_ = tl.load(_partials(partials, 0, chunk, r, rows), exists, other=-_INF)
-    m_ = tl.where(l == 0, -_INF, m_)
+    m_ = tl.where(total == 0, -_INF, m_)
     m = tl.max(m_, 1, keep_dims=True)
     m = tl.where(m == -_INF, 0.0, m)
     lo = m
     if NORMALIZED:
         lo = tl.min(tl.load(_partials(partials, 2, chunk, r, rows), exists, other=0.0), 1, keep_dims=True)
-    return m, _sum(_exp(m_, m) * l), lo
+    return m, _sum(_exp(m_, m) * total), lo
 
 
 @triton.jit
@@ -266,8 +266,8 @@ def forward_statistics(
     partials, x, y, where, x_strides, y_strides, where_strides, sizes, rows, n,
     NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Reads a chunk of x, and writes its m, l and lo."""
-    r, c, exists = _tile(sizes, rows, n, ROWS, COLS, WIDE)
+    """Reads a chunk of x, and writes its m, total and lo."""
+    r, c, exists = _tile(rows, n, ROWS, COLS, WIDE)
     z = _participating(x, where, x_strides, where_strides, sizes, r, c, exists)
     m, lo = _extrema(z, NORMALIZED)
     chunk = tl.program_id(1)
@@ -282,14 +282,14 @@ def forward(
     NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Reads x and writes y, with the statistics of its own tile or, given more CHUNKS than one, the merged ones."""
-    r, c, exists = _tile(sizes, rows, n, ROWS, COLS, WIDE)
+    r, c, exists = _tile(rows, n, ROWS, COLS, WIDE)
     z = _participating(x, where, x_strides, where_strides, sizes, r, c, exists)
     if CHUNKS == 1:
         m, lo = _extrema(z, NORMALIZED)
-        l = _sum(_exp(z, m))
+        total = _sum(_exp(z, m))
     else:
-        m, l, lo = _merged(partials, r, rows, NORMALIZED, CHUNKS)
-    p = _exp(z, m, AGAIN=1) * _inverse(l)
+        m, total, lo = _merged(partials, r, rows, NORMALIZED, CHUNKS)
+    p = _exp(z, m, AGAIN=1) * _inverse(total)
     if NORMALIZED:
         unit, inverse, rest = _unit(m, lo)
         value = _factor(z, lo, unit, inverse, rest) * p
@@ -300,9 +300,9 @@ def forward(
 
 
 @triton.jit
-def _sums(z, g, m, l, lo, NORMALIZED: tl.constexpr):
+def _sums(z, g, m, total, lo, NORMALIZED: tl.constexpr):
     """A = sum(g y) and S = sum(g p) over a tile of whole rows, or of chunks taken as rows."""
-    p = _exp(z, m, AGAIN=1) * _inverse(l)
+    p = _exp(z, m, AGAIN=1) * _inverse(total)
     if NORMALIZED:
         unit, inverse, rest = _unit(m, lo)
         gp = g * p
@@ -320,16 +320,16 @@ def vjp_statistics(
     partials, x, g, dx, where, x_strides, g_strides, dx_strides, where_strides, sizes, rows, n,
     NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Reads a chunk of x and g, and writes its m, l, lo, A, S and ties."""
-    r, c, exists = _tile(sizes, rows, n, ROWS, COLS, WIDE)
+    """Reads a chunk of x and g, and writes its m, total, lo, A, S and ties."""
+    r, c, exists = _tile(rows, n, ROWS, COLS, WIDE)
     z = _participating(x, where, x_strides, where_strides, sizes, r, c, exists)
     g = _upstream(z, g, r, c, sizes, g_strides, exists)
     m, lo = _extrema(z, NORMALIZED)
-    l = _sum(_exp(z, m))
-    A, S = _sums(z, g, m, l, lo, NORMALIZED)
+    total = _sum(_exp(z, m))
+    A, S = _sums(z, g, m, total, lo, NORMALIZED)
     chunk = tl.program_id(1)
     tl.store(_partials(partials, 0, chunk, r, rows), m, r < rows)
-    tl.store(_partials(partials, 1, chunk, r, rows), l, r < rows)
+    tl.store(_partials(partials, 1, chunk, r, rows), total, r < rows)
     tl.store(_partials(partials, 3, chunk, r, rows), A, r < rows)
     if NORMALIZED:
         tl.store(_partials(partials, 2, chunk, r, rows), lo, r < rows)
@@ -344,19 +344,19 @@ def _upstream(z, g, r, c, sizes, strides, exists):
 
 
 @triton.jit
-def _merged_sums(partials, r, rows, m, l, lo, NORMALIZED: tl.constexpr, CHUNKS: tl.constexpr):
+def _merged_sums(partials, r, rows, m, total, lo, NORMALIZED: tl.constexpr, CHUNKS: tl.constexpr):
     """A, S and the ties of whole rows.
 
-    A chunk's p counts in the row with weight w = exp(m_chunk - m) l_chunk / l, and its factor a becomes
+    A chunk's p counts in the row with weight w = exp(m_chunk - m) total_chunk / total, and its factor a becomes
     (a R_chunk + lo_chunk - lo) / R. No term changes sign, so nothing cancels that did not in the chunk.
     """
     chunk, exists = _chunks(partials, r, rows, CHUNKS)
     m_ = tl.load(_partials(partials, 0, chunk, r, rows), exists, other=0.0)
-    l_ = tl.load(_partials(partials, 1, chunk, r, rows), exists, other=0.0)
+    total_ = tl.load(_partials(partials, 1, chunk, r, rows), exists, other=0.0)
     A = tl.load(_partials(partials, 3, chunk, r, rows), exists, other=0.0)
-    w = _exp(tl.where(l_ == 0, -_INF, m_), m) * (l_ * _inverse(l))
+    w = _exp(tl.where(total_ == 0, -_INF, m_), m) * (total_ * _inverse(total))
     if NORMALIZED:
-        unit, inverse, rest = _unit(m, lo)
+        unit, inverse, _ = _unit(m, lo)
         lo_ = tl.load(_partials(partials, 2, chunk, r, rows), exists, other=0.0)
         S = tl.load(_partials(partials, 4, chunk, r, rows), exists, other=0.0)
         at_lo = tl.load(_partials(partials, 5, chunk, r, rows), exists, other=0.0)
@@ -374,21 +374,21 @@ def vjp(
     partials, x, g, dx, where, x_strides, g_strides, dx_strides, where_strides, sizes, rows, n,
     NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and g and writes dx, with the statistics of its own tile or, given more CHUNKS than one, the merged ones."""
-    r, c, exists = _tile(sizes, rows, n, ROWS, COLS, WIDE)
+    """Reads x and g and writes dx, with the statistics of its tile or, given more CHUNKS than one, the merged ones."""
+    r, c, exists = _tile(rows, n, ROWS, COLS, WIDE)
     z = _participating(x, where, x_strides, where_strides, sizes, r, c, exists)
     g = _upstream(z, g, r, c, sizes, g_strides, exists)
     if CHUNKS == 1:
         m, lo = _extrema(z, NORMALIZED)
-        l = _sum(_exp(z, m))
-        D, S = _sums(z, g, m, l, lo, NORMALIZED)
+        total = _sum(_exp(z, m))
+        D, S = _sums(z, g, m, total, lo, NORMALIZED)
         if NORMALIZED:
             at_lo = _ties(z, lo).to(m.dtype)
             at_m = _ties(z, m).to(m.dtype)
     else:
-        m, l, lo = _merged(partials, r, rows, NORMALIZED, CHUNKS)
-        D, S, at_lo, at_m = _merged_sums(partials, r, rows, m, l, lo, NORMALIZED, CHUNKS)
-    p = _exp(z, m, AGAIN=2) * _inverse(l)
+        m, total, lo = _merged(partials, r, rows, NORMALIZED, CHUNKS)
+        D, S, at_lo, at_m = _merged_sums(partials, r, rows, m, total, lo, NORMALIZED, CHUNKS)
+    p = _exp(z, m, AGAIN=2) * _inverse(total)
     gp = g * p
     if NORMALIZED:
         unit, inverse, rest = _unit(m, lo)
