@@ -7,12 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa_softmax._validate import ArrayKind, check_attention, check_softmax
+from sa_softmax._validate import ArrayKind, check_attention, check_softmax, check_varlen
 from sa_softmax.backends._native import native
-from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _triton
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton, _varlen
+from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
 
-__all__ = ["SAMultiheadAttention", "SASoftmax", "convert_module", "implementation", "sa_attention", "sa_softmax"]
+__all__ = [
+    "AttentionState",
+    "SAMultiheadAttention",
+    "SASoftmax",
+    "attention_from_state",
+    "attention_state",
+    "convert_module",
+    "implementation",
+    "merge_states",
+    "sa_attention",
+    "sa_softmax",
+    "varlen_sa_attention",
+]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
@@ -144,3 +157,83 @@ def _way(own: Any, *tensors: Tensor | None) -> Any:
 
         return _sharding
     return own
+
+
+def attention_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> AttentionState:
+    """The partial state of attention over the keys at hand; arguments, autocast and errors as in :func:`sa_attention`.
+
+    m = max x, l = sum exp(x - m), lo = min x, o0 = sum exp(x - m) v, o1 = sum exp(x - m) (x - m) v, in the compute
+    dtype. :func:`merge_states` joins those of disjoint sets of keys, such as the pieces of a cache or the shards of a
+    sequence on several devices; :func:`attention_from_state` makes the output. The state serves both variants.
+
+    For keys that begin at position s of the whole sequence, pass q_offset - s.
+
+    Source: docs/spec.md, clause A11.
+    """
+    q, k, v = _attention.autocast(q), _attention.autocast(k), _attention.autocast(v)
+    scale = check_attention(
+        _TORCH, q, k, v,
+        variant="normalized", bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
+    )  # fmt: skip
+    return _state.attention_state(q, k, v, bias, mask, q_offset if is_causal else None, scale)
+
+
+def varlen_sa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    variant: str = "normalized",
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """SA attention within each of N packed sequences; arguments as in ``torch.nn.attention.varlen.varlen_attn``.
+
+    Sequence n has the queries cu_seq_q[n] to cu_seq_q[n + 1] and the keys cu_seq_k[n] to cu_seq_k[n + 1]. No score
+    crosses from one to another, so extrema, and with them the self-adjusting factor, are those of the sequence.
+    Gradients flow to q, k and v. Autocast is as in :func:`sa_attention`.
+
+    Where the device has no kernel, the sequences run one by one, which reads their lengths on the host.
+
+    Args:
+        q: (total_q, Hq, D). Hq is a multiple of Hkv.
+        k: (total_k, Hkv, D).
+        v: (total_k, Hkv, Dv).
+        cu_seq_q: (N + 1,) int32, 0 and the lengths of the queries, added up.
+        cu_seq_k: (N + 1,) int32, the same of the keys.
+        max_q: the largest number of queries of a sequence, or more.
+        max_k: the largest number of keys, or more.
+        variant: "normalized" or "product".
+        scale: factor of the scores, 1/sqrt(D) by default.
+        window_size: (left, right). Query i of Tq sees keys i + Tk - Tq - left to i + Tk - Tq + right; -1 leaves a side
+            open, so (-1, 0) is the causal mask, aligned at the lower right.
+
+    Returns:
+        (total_q, Hq, Dv) in the dtype of ``q``; 0 for a query without keys, and for one that no sequence has.
+
+    Raises:
+        TypeError: not floating tensors of one dtype, cumulative lengths that are not int32, max_q or max_k that are no
+            integers.
+        ValueError: shapes, heads, numbers of sequences or a window that do not fit, unknown variant, two devices.
+
+    Source: docs/spec.md, clauses A1, A3, A4 and A5, for each sequence.
+    """
+    q, k, v = _attention.autocast(q), _attention.autocast(k), _attention.autocast(v)
+    scale = check_varlen(
+        _TORCH, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, variant=variant, scale=scale, window_size=window_size
+    )
+    return _varlen.varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *window_size, scale, variant)

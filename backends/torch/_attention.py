@@ -22,7 +22,7 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(_Attention, lambda *args: (compose(*args), None), q, k, v, bias, mask, offset, scale, variant)[0]
+    return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, scale, variant)[0]
 
 
 def autocast(x: Any) -> Any:
@@ -52,6 +52,10 @@ def compose(
     return _unfold(o, q).to(q.dtype)
 
 
+def _compose_first(*args: Any) -> tuple[Tensor]:
+    return (compose(*args),)
+
+
 def compose_vjp(
     q: Tensor, k: Tensor, v: Tensor,
     bias: Tensor | None, mask: Tensor | None, do: Tensor, offset: int | None, scale: float, variant: str,
@@ -73,7 +77,7 @@ def compose_vjp(
 
 
 class _Attention(Function):
-    """o, and what the backward pass of a kernel needs of it, empty without one."""
+    """o, and the kernel's stats where its device has kernels of both directions."""
 
     generate_vmap_rule = True
 
@@ -82,79 +86,66 @@ class _Attention(Function):
         q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if not _kernels.supports("attention", q):
+        if not _kernels.supports("attention", q, v):
             return compose(q, k, v, bias, mask, offset, scale, variant), q.new_empty(0)
-        dtype = q.dtype
-        q, k, v = _widened(bias, q, k, v)
-        o, stats = torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)
-        return o.to(dtype), stats
+        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, bias, mask, ctx.offset, ctx.scale, ctx.variant = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, bias, mask, *output)
+        *tensors, ctx.offset, ctx.scale, ctx.variant = inputs
+        fused = _kernels.supports("attention_vjp", inputs[0], inputs[2])
+        ctx.save_for_backward(*tensors, *(output if fused else (None, None)))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, o, stats = ctx.saved_tensors
         options = ctx.offset, ctx.scale, ctx.variant
-        if _kernels.supports("attention_vjp", q):
-            # Where derivatives of this are asked for, the output is a function of the inputs, not an input.
-            gradients = _row.apply(
-                _AttentionVjp, _compose_kernel_vjp, q, k, v, bias, mask, do, o.detach(), stats.detach(), *options
-            )
-        else:
+        if o is None:
             gradients = compose_vjp(q, k, v, bias, mask, do, *options)
-        return *gradients, None, None, None, None
+        else:
+            gradients = _row.apply(_AttentionVjp, _compose_vjp, q, k, v, bias, mask, o, stats, do, *options)
+        dq, dk, dv, dbias = gradients
+        return dq, dk, dv, dbias if bias is not None else None, None, None, None, None
+
+
+def _compose_vjp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, *rest: Any
+) -> Any:  # fmt: skip
+    return compose_vjp(q, k, v, bias, mask, *rest)
 
 
 class _AttentionVjp(Function):
-    """The gradients by a kernel; their own derivatives are those of the closed form."""
+    """The gradient by kernels; its own derivatives are those of the closed form, of which o and stats are no part."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, do: Tensor,
-        o: Tensor, stats: Tensor, offset: int | None, scale: float, variant: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        dtype = q.dtype
-        q, k, v, o, do = _widened(bias, q, k, v, o, do)
-        dq, dk, dv, dbias = torch.ops.sa_softmax.attention_vjp(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
+        offset: int | None, scale: float, variant: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        gradients = torch.ops.sa_softmax.attention_vjp(
             q, k, v, bias, mask, o, stats, do, offset, -1, scale, variant
-        )
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+        )  # fmt: skip
+        # A Function that is batched returns tensors alone.
+        return *gradients[:3], q.new_empty(0) if bias is None else gradients[3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, _, _, ctx.offset, ctx.scale, ctx.variant = inputs
-        ctx.save_for_backward(*tensors)
+        q, k, v, bias, mask, _, _, do, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, bias, mask, do)
 
     @staticmethod
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, do = ctx.saved_tensors
-        inputs = [x for x in (q, k, v, do, bias) if x is not None]
 
         def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-            given = compose_vjp(q, k, v, bias[0] if bias else None, mask, do, ctx.offset, ctx.scale, ctx.variant)
-            return tuple(x for x in given if x is not None)
+            dq, dk, dv, dbias = compose_vjp(q, k, v, bias[0] if bias else None, mask, do, *ctx.options)
+            return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
 
-        pull_back = torch.func.vjp(gradients, *inputs)[1]
-        dq, dk, dv, ddo, *dbias = pull_back(tuple(t for t in tangents if t is not None))
-        return dq, dk, dv, dbias[0] if dbias else None, None, ddo, None, None, None, None, None
-
-
-def _compose_kernel_vjp(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, do: Tensor,
-    o: Tensor, stats: Tensor, offset: int | None, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    return compose_vjp(q, k, v, bias, mask, do, offset, scale, variant)
-
-
-def _widened(bias: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the dtype of ``bias``: a wider one widens all, and the result is rounded once."""
-    return tensors if bias is None else tuple(x.to(bias.dtype) for x in tensors)
+        inputs = (q, k, v, do) if bias is None else (q, k, v, do, bias)
+        dq, dk, dv, ddo, *dbias = torch.func.vjp(gradients, *inputs)[1](tangents[: len(inputs) - 1])
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None, ddo, None, None, None
 
 
 class _Scores(NamedTuple):

@@ -1,8 +1,8 @@
 """The kernels as operators of PyTorch: what a compiled graph shows, and what the Functions of this backend call.
 
 A module that has kernels for a device defines ``row``, ``row_vjp``, ``attention`` and perhaps ``attention_vjp`` with
-the arguments of the schemas below, and is registered for its dispatch key. The operators have no derivatives of their
-own: those are the business of the Functions.
+the arguments of the schemas below, and is registered for its dispatch key. If it does not take all dtypes and sizes, it
+defines ``supports``, too. The operators have no derivatives of their own: those are the business of the Functions.
 
 In attention ``offset`` is that of the causal mask, None without one; with ``left`` >= 0, query i sees keys
 j >= i + offset - left only (offset 0 if None). ``stats`` (..., Hq, Tq, 3), in the compute dtype, is what the device's
@@ -28,6 +28,19 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor o, Tensor stats, Tensor do, SymInt? offset,"
         " int left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
     ),
+    "attention_state": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale)"
+        " -> (Tensor m, Tensor l, Tensor lo, Tensor o0, Tensor o1)"
+    ),
+    "varlen": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k,"
+        " SymInt left, SymInt right, float scale, str variant) -> (Tensor o, Tensor stats)"
+    ),
+    "varlen_vjp": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seq_q, Tensor cu_seq_k, Tensor o, Tensor stats, Tensor do,"
+        " SymInt max_q, SymInt max_k, SymInt left, SymInt right, float scale, str variant)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,26 +48,31 @@ _LIBRARY: Any = torch.library.Library("sa_softmax", "FRAGMENT")  # type: ignore[
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
 
-_IMPLEMENTATIONS: dict[str, tuple[str, frozenset[str]]] = {}
+_IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
     """Make the functions of ``kernels`` the operators on devices of type ``device``; ``name`` is what users read."""
-    operators = frozenset(operator for operator in SCHEMAS if hasattr(kernels, operator))
+    operators = [operator for operator in SCHEMAS if hasattr(kernels, operator)]
     for operator in operators:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
-    _IMPLEMENTATIONS[device] = name, operators
+    supports = getattr(kernels, "supports", _any_tensors)
+    _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
+
+
+def _any_tensors(operator: str, *tensors: Tensor) -> bool:
+    return True
 
 
 def implementation(device: str) -> str:
     """The name of what runs on the devices of type ``device``."""
-    return _IMPLEMENTATIONS.get(device, ("composition", ()))[0]
+    return _IMPLEMENTATIONS.get(device, ("composition", {}))[0]
 
 
-def supports(operator: str, x: Tensor) -> bool:
-    """Whether ``operator`` runs on tensors like ``x``."""
-    given = _IMPLEMENTATIONS.get(x.device.type)
-    return given is not None and operator in given[1] and x.dtype in DTYPES
+def supports(operator: str, x: Tensor, *others: Tensor) -> bool:
+    """Whether ``operator`` runs on tensors like ``x``, and v in the case of attention."""
+    running = _IMPLEMENTATIONS.get(x.device.type, ("composition", {}))[1].get(operator)
+    return running is not None and x.dtype in DTYPES and running(operator, x, *others)
 
 
 # Shapes, for tracing.
@@ -81,6 +99,24 @@ def _fake_attention_vjp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     dbias = None if bias is None else bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _fake_attention_state(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return tuple(q.new_empty((*q.shape[:-1], n), dtype=dtype) for n in (1, 1, 1, v.shape[-1], v.shape[-1]))
+
+
+def _fake_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total, heads, _ = q.shape
+    return q.new_empty((total, heads, v.shape[-1])), q.new_empty((heads, total, 3), dtype=torch.float32)
+
+
+def _fake_varlen_vjp(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def empty_attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +165,15 @@ def _vmap_attention(
     return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, left, scale, variant), (0, 0)
 
 
+def _vmap_attention_state(
+    info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    offset: int | None, scale: float,
+) -> Any:  # fmt: skip
+    bias, mask = (_batched_option(x, dim, _rank(q, dims[0])) for x, dim in ((bias, dims[3]), (mask, dims[4])))
+    q, k, v = (_batched(info.batch_size, x, dim) for x, dim in zip((q, k, v), dims, strict=False))
+    return torch.ops.sa_softmax.attention_state(q, k, v, bias, mask, offset, scale), (0,) * 5
+
+
 def _vmap_attention_vjp(
     info: Any, dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     o: Tensor, stats: Tensor, do: Tensor, offset: int | None, left: int, scale: float, variant: str,
@@ -149,5 +194,5 @@ def _vmap_attention_vjp(
 
 for _name in SCHEMAS:
     torch.library.register_fake(f"sa_softmax::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-for _name in SCHEMAS:
+for _name in ("row", "row_vjp", "attention", "attention_vjp", "attention_state"):
     torch.library.register_vmap(f"sa_softmax::{_name}", globals()[f"_vmap_{_name}"], lib=_LIBRARY)

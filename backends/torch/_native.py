@@ -35,12 +35,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = q.dtype
+    q, k, v = _widened(bias, q, k, v)
     o, stats = empty_attention(q, v)
     c_api.attention(
         _NAMES[q.dtype], variant, offset, left, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), torch.get_num_threads(),
     )  # fmt: skip
-    return o, stats
+    return o.to(dtype), stats
 
 
 def attention_vjp(
@@ -48,6 +50,8 @@ def attention_vjp(
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The kernel computes the scores again: it reads neither ``o`` nor ``stats``."""
+    dtype = q.dtype
+    q, k, v, do = _widened(bias, q, k, v, do)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dbias = None if bias is None else bias.new_empty(bias.shape)
     c_api.attention_vjp(
@@ -55,7 +59,12 @@ def attention_vjp(
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
         _array(dq), _array(dk), _array(dv), _optional(dbias), torch.get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv, dbias
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+
+
+def _widened(bias: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in the dtype of ``bias``: one in the compute dtype widens all, and the result is rounded once."""
+    return tensors if bias is None else tuple(x.to(bias.dtype) for x in tensors)
 
 
 def _array(x: Tensor) -> Any:

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 __all__ = ["MODULES", "TARGETS", "Instance", "Usage", "broken", "check", "instances", "measure"]
 
-MODULES = ("rows",)
+MODULES = ("rows", "attention_launch")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

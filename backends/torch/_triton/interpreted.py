@@ -11,7 +11,7 @@ import os
 
 from sa_softmax.backends.torch import _kernels, _triton, adapter
 
-__all__ = ["Adapter", "install"]
+__all__ = ["Adapter", "AttentionAdapter", "install"]
 
 NAME = "triton in its interpreter"
 
@@ -43,3 +43,9 @@ class Adapter(adapter.Adapter):
     def __init__(self) -> None:
         install()
         super().__init__()
+
+
+class AttentionAdapter(Adapter):
+    name = "torch-triton-attention-interpreted"
+    operations = ("sa_attention", "sa_attention_vjp")
+    dtypes = ("float16", "float32")
