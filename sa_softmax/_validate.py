@@ -41,7 +41,7 @@ def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: An
 
     ``like_x`` are further arrays that share the shape and dtype of ``x`` (an upstream gradient, a tangent).
     """
-    _check_variant(variant)
+    check_variant(variant)
     _check_arrays(kind, x=x, **_given(where=where), **like_x)
     _check_dtype("x", x, DTYPES, "a floating dtype")
     for name, array in like_x.items():
@@ -79,7 +79,7 @@ def check_attention(
 
     ``like_output`` are further arrays that share the shape and dtype of the output (an upstream gradient).
     """
-    _check_variant(variant)
+    check_variant(variant)
     _check_arrays(kind, q=q, k=k, v=v, **_given(bias=bias, mask=mask), **like_output)
     _check_dtype("q", q, DTYPES, "a floating dtype")
     dtype = dtype_name(q)
@@ -150,7 +150,7 @@ def check_positions(kind: ArrayKind, positions: Any, tq: int, tk: int) -> None:
             )
 
 
-def _check_variant(variant: str) -> None:
+def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
 

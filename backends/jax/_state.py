@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
 from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul, _to_int32
-from sa_softmax.backends.jax._softmax import JAX, _range, participating
+from sa_softmax.backends.jax._softmax import JAX, _range
 
 __all__ = ["AttentionState", "attention_from_state", "attention_state", "merge_states"]
 
@@ -96,7 +96,10 @@ def scores(
     x = scale * _matmul(_by_kv_head(q.astype(c), k), k.astype(c).mT).reshape(*q.shape[:-1], k.shape[-2])
     if bias is not None:
         x = x + bias.astype(c)
-    return participating(x, on)
+    seen = x != -jnp.inf  # select, never multiply: whatever an excluded entry holds ends here (C5)
+    if on is not None:
+        seen &= jnp.broadcast_to(on, x.shape)
+    return jnp.where(seen, x, 0), seen
 
 
 def state_of(z: jax.Array, on: jax.Array, v: jax.Array, clean: jax.Array) -> AttentionState:

@@ -4,9 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-from sa_softmax.backends.torch import _attention, _export, _row
+from sa_softmax.backends.torch import _attention, _export, _row, _state
+from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 
-__all__ = ["SASoftmax", "sa_attention", "sa_softmax"]
+__all__ = [
+    "AttentionState",
+    "SASoftmax",
+    "attention_from_state",
+    "attention_state",
+    "merge_states",
+    "sa_attention",
+    "sa_softmax",
+]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
@@ -102,6 +111,35 @@ def sa_attention(
     )
     sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
     return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+
+
+def attention_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> AttentionState:
+    """The partial state of attention over the keys at hand; arguments, autocast and errors as in :func:`sa_attention`.
+
+    m = max x, l = sum exp(x - m), lo = min x, o0 = sum exp(x - m) v, o1 = sum exp(x - m) (x - m) v, in the compute
+    dtype. :func:`merge_states` joins those of disjoint sets of keys, such as the pieces of a cache or the shards of a
+    sequence on several devices; :func:`attention_from_state` makes the output. The state serves both variants.
+
+    For keys that begin at position s of the whole sequence, pass q_offset - s.
+
+    Source: docs/spec.md, clause A11.
+    """
+    q, k, v = _attention.autocast(q), _attention.autocast(k), _attention.autocast(v)
+    scale = check_attention(
+        _TORCH, q, k, v,
+        variant="normalized", bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
+    )  # fmt: skip
+    return _state.attention_state(q, k, v, bias, mask, q_offset if is_causal else None, scale)
 
 
 class SASoftmax(nn.Module):

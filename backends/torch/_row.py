@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["SASoftmaxFunction", "apply", "participating", "sa_softmax", "softmax", "value", "vjp"]
+__all__ = ["SASoftmaxFunction", "apply", "bounds", "participating", "sa_softmax", "softmax", "value", "vjp"]
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
@@ -100,19 +100,23 @@ class _Factor(NamedTuple):
 
 
 def _factor(z: Tensor, axis: int) -> _Factor:
-    """``unit`` is the power of two that keeps hi - lo finite (C7).
-
-    R = 0 becomes inf, which makes a, and every gradient that divides by R, the 0 that clauses C1 and G5 ask for. The
-    zeros of excluded entries move neither lo nor hi.
-    """
+    """The zeros of excluded entries move neither lo nor hi."""
     if z.shape[axis] == 0:
         x_min = x_max = z.sum(axis, keepdim=True)
     else:
         x_min, x_max = torch.aminmax(z, dim=axis, keepdim=True)
+    lo, hi, unit, R = bounds(x_min, x_max)
+    return _Factor((z * unit - lo * unit) / R, lo, hi, unit, R)
+
+
+def bounds(x_min: Tensor, x_max: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lo, hi, unit and R = unit * (hi - lo), where ``unit`` is the power of two that keeps hi - lo finite (C7).
+
+    R = 0 becomes inf, which makes a, and every gradient that divides by R, the 0 that clauses C1 and G5 ask for.
+    """
     # By selection: clamp and minimum pass a gradient on to an extremum of exactly 0 (G4).
     lo = torch.where(x_min < 0, x_min, 0)
     hi = torch.where(x_max > 0, x_max, 0)
     unit = torch.where(torch.maximum(hi, -lo) > 1, 0.5, torch.ones_like(lo))
     R = hi * unit - lo * unit
-    R = torch.where(R == 0, math.inf, R)
-    return _Factor((z * unit - lo * unit) / R, lo, hi, unit, R)
+    return lo, hi, unit, torch.where(R == 0, math.inf, R)
