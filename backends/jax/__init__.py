@@ -2,5 +2,13 @@
 
 from sa_softmax.backends.jax._attention import sa_attention
 from sa_softmax.backends.jax._softmax import sa_softmax
+from sa_softmax.backends.jax._state import AttentionState, attention_from_state, attention_state, merge_states
 
-__all__ = ["sa_attention", "sa_softmax"]
+__all__ = [
+    "AttentionState",
+    "attention_from_state",
+    "attention_state",
+    "merge_states",
+    "sa_attention",
+    "sa_softmax",
+]

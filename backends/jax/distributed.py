@@ -67,9 +67,9 @@ def ring_attention(
         axis_name: the axis of the mesh along which the sequence is sharded.
         variant: "normalized" or "product".
         bias: an array that broadcasts to (..., Hq, Tq, Tk), sharded along its queries, so that each device holds the
-            columns of all keys, in the order of ``k``; or a function of positions i (Tq', 1) and j (1, Tk') whose value
-            broadcasts to (..., Hq, Tq', Tk'), called for one tile at a time. Gradients flow to the array, and to the
-            arrays that the function closes over.
+            columns of all keys, in the order of ``k``; or a function of positions i and j, which broadcast to (Tq', Tk'),
+            whose value broadcasts to (..., Hq, Tq', Tk'), called for one tile at a time. Gradients flow to the array,
+            and to the arrays that the function closes over. A new function is a new compilation: call it under jit.
         mask: boolean, broadcasts to (..., Hq, Tq, Tk); True where a key participates; sharded as the bias is. A mask
             of padding keys is (..., 1, 1, Tk).
         is_causal: a query sees the keys whose position is not after its own.
@@ -103,11 +103,12 @@ def ring_attention(
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     parameters: tuple[Any, ...] = ()
     if function is not None:
-        function, parameters = jax.closure_convert(function, i[:1, None], j[None, :1])
+        bq, bk = (_Blocks(2 * -(-t // chunks)).size for t in (tq, tk))
+        function, parameters = jax.closure_convert(function, jnp.zeros((bq, bk), np.int32), jnp.zeros((1, bk), np.int32))
     ring = _Ring(mesh, axis_name, variant, is_causal, scale, function)
     q, k, v = (_pad(x, -2, chunks) for x in (q, k, v))
     array, mask = (_pad_scores(x, q.ndim, (chunks, chunks)) for x in (array, mask))
-    i, j = _pad(i, 0, chunks, NO_QUERY), _pad(j, 0, chunks, NO_KEY)
+    i, j = (_pad(x, 0, chunks, NOWHERE) for x in (i, j))
     return _compiled(ring, q, k, v, array, tuple(parameters), mask, i, j)[..., :tq, :]
 
 
@@ -152,7 +153,7 @@ def decode(
         mask = jnp.ones((1, k.shape[-2]), bool)
     k, v = _pad(k, -2, n), _pad(v, -2, n)
     bias, mask = (_pad_scores(x, q.ndim, (1, n)) for x in (bias, mask))
-    return _decode(mesh, axis_name, variant, scale, q, k, v, bias, mask)
+    return _compiled_decode((mesh, axis_name, variant, scale), q, k, v, bias, mask)
 
 
 def to_zigzag(x: jax.Array, devices: int, axis: int = -2) -> jax.Array:
@@ -169,7 +170,9 @@ def from_zigzag(x: jax.Array, devices: int, axis: int = -2) -> jax.Array:
     return jnp.take(x, np.argsort(np.concatenate(zigzag(x.shape[axis], devices))), axis)
 
 
-NO_QUERY, NO_KEY = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # the positions of padding
+# The position of padding. One value for queries and keys: where an array is padded twice, and sharded, XLA takes the first
+# value both times (jaxlib 0.10.2).
+NOWHERE = np.iinfo(np.int32).min
 
 
 class _Ring(NamedTuple):
@@ -252,7 +255,7 @@ def _forward_of_device(
     ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, parameters: Any, mask: Any, i: Any, j: Any
 ) -> tuple[jax.Array, _Rows]:
     tiles = _Tiles(ring, q.shape[-2], k.shape[-2], bias, parameters, mask)
-    queries = (_arange(tiles.q.count), tiles.q.split(q), tiles.q.split(i, 0, NO_QUERY))
+    queries = (_arange(tiles.q.count), tiles.q.split(q), tiles.q.split(i, 0, NOWHERE))
 
     def fold(folded: Any, held: Any, step: Any) -> Any:
         ks, vs, js = held
@@ -281,7 +284,7 @@ def _forward_of_device(
     rows = (tiles.q.count, *q.shape[:-2], tiles.q.size)
     none = jnp.zeros((*rows, 1), np.int32)
     folded = (empty_state(rows, v.shape[-1], _compute_dtype(q)), none, none)
-    held = (tiles.k.split(k), tiles.k.split(v), tiles.k.split(j, 0, NO_KEY))
+    held = (tiles.k.split(k), tiles.k.split(v), tiles.k.split(j, 0, NOWHERE))
 
     def step(carry: Any, s: Any) -> Any:
         held, folded = carry
@@ -310,7 +313,7 @@ def _backward_of_device(
     D, S = ((do * x).sum(-1, keepdims=True) for x in (kept.o, kept.mean))
     clean = jnp.isfinite(do).all()
     q_ = jax.tree.map(tiles.q.split, (q, do, kept.m, kept.l, kept.lo, kept.at_lo, kept.at_hi, D, S))
-    queries = (_arange(tiles.q.count), tiles.q.split(i, 0, NO_QUERY), q_)
+    queries = (_arange(tiles.q.count), tiles.q.split(i, 0, NOWHERE), q_)
 
     def contribute(sums: Any, held: Any, dkv: Any, step: Any) -> Any:
         """Add what this device's queries send to the keys at hand, and what these send to its queries."""
@@ -349,7 +352,7 @@ def _backward_of_device(
 
         return jax.lax.scan(of_keys, sums, keys)
 
-    held = (tiles.k.split(k), tiles.k.split(v), tiles.k.split(j, 0, NO_KEY))
+    held = (tiles.k.split(k), tiles.k.split(v), tiles.k.split(j, 0, NOWHERE))
     dkv = (jnp.zeros(held[0].shape, c), jnp.zeros(held[1].shape, c))
     dbias = None if bias is None else jnp.zeros(tiles.bias.shape, c)
     sums = (jnp.zeros(q_[0].shape, c), dbias, jax.tree.map(jnp.zeros_like, parameters))
@@ -425,13 +428,13 @@ class _Tiles:
     def scores(self, a: Any, b: Any, q: Any, k: Any, i: Any, j: Any) -> tuple[jax.Array, jax.Array, Any]:
         """z and on of a tile, and the function from dx to the gradients of the bias's tile and of the parameters."""
         i, j = i[:, None], j[None]
-        on = (i != NO_QUERY) & (j != NO_KEY)
+        on = (i != NOWHERE) & (j != NOWHERE)
         if self.ring.is_causal:
             on &= j <= i
         if self.ring.bias is not None:
             # Where no score will be, the function is asked about a distance of 0: its derivative may not be NaN there.
-            at = (jnp.where(on, i, j), jnp.broadcast_to(j, on.shape))
-            bias, vjp = jax.vjp(lambda *parameters: self.ring.bias(*at, *parameters), *self.parameters)
+            i, function = jnp.where(on, i, j), self.ring.bias
+            bias, vjp = jax.vjp(lambda *parameters: function(i, j, *parameters), *self.parameters)
             pull = lambda dx: (None, vjp(_sum_to(dx, bias.shape).astype(bias.dtype)))  # noqa: E731
         else:
             bias = self._slice(self.bias, a, b)
@@ -444,7 +447,8 @@ class _Tiles:
         """``see()`` unless causality excludes the whole tile: half of the work, in every step alike with a zig-zag."""
         if not self.ring.is_causal:
             return see()
-        return jax.lax.cond(j.min() <= i.max(), see, lambda: otherwise)
+        first = jnp.min(j, where=j != NOWHERE, initial=np.iinfo(np.int32).max)
+        return jax.lax.cond(first <= i.max(), see, lambda: otherwise)
 
     def add(self, dbias: Any, a: Any, b: Any, tile: Any) -> Any:
         if dbias is None:
@@ -483,10 +487,12 @@ class _Tiles:
         return jax.lax.dynamic_slice(x, self._start(x, a, b), (*x.shape[:-2], *sizes))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _decode(
-    mesh: Mesh, axis_name: str, variant: str, scale: float, q: Any, k: Any, v: Any, bias: Any, mask: Any
+    options: tuple[Mesh, str, str, float], q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, mask: Any
 ) -> jax.Array:
+    mesh, axis_name, variant, scale = options
+
     def of_device(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> jax.Array:
         state = attention_state(q, k, v, bias=bias, mask=mask, scale=scale)
         m = jax.lax.pmax(state.m, axis_name)
@@ -503,6 +509,14 @@ def _decode(
         of_device, mesh=mesh, in_specs=(whole, keys, keys, *columns), out_specs=whole, axis_names={axis_name},
         check_vma=False,
     )(q, k, v, bias, mask)  # fmt: skip
+
+
+@_decode.defjvp
+def _decode_jvp(*_: Any) -> Any:
+    raise NotImplementedError("decode has no derivative; train with ring_attention")
+
+
+_compiled_decode = jax.jit(_decode, static_argnums=0)
 
 
 def _axis_size(mesh: Mesh, axis_name: str) -> int:

@@ -95,6 +95,9 @@ def ring_attention(
     """
     if isinstance(q, DTensor):
         mesh, dim = _sequence_dimension(q, k, v)
+        for name, x in (("bias", bias), ("mask", mask)):
+            if isinstance(x, DTensor):
+                raise ValueError(f"{name} must be this rank's part, a plain tensor; got a DTensor. Call its to_local()")
         parts = [x.to_local() for x in (q, k, v)]
         o = ring_attention(
             *parts, group=mesh.get_group(dim), variant=variant, bias=bias, mask=mask, is_causal=is_causal,
