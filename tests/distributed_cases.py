@@ -1,4 +1,4 @@
-"""Problems of attention over many devices, with the reference's answer in float64; JAX and PyTorch run the same ones."""
+"""Problems of attention over many devices, with the reference's answers in float64; JAX and PyTorch run the same."""
 
 from typing import Any, NamedTuple
 
@@ -56,18 +56,31 @@ class Problem(NamedTuple):
     k_positions: list[Array]
     options: dict[str, Any]
     answers: dict[str, Array]
-    size: float
+    allowed: dict[str, float]  # errors, in epsilons
+
+    def of_rank(self, rank: int) -> "Problem":
+        """The part of one rank, in PyTorch's form."""
+        i, j = (
+            slice(start := sum(map(len, parts[:rank])), start + len(parts[rank]))
+            for parts in (self.q_positions, self.k_positions)
+        )
+        rows = lambda x: x[..., i, :] if x is not None and x.shape[-2] > 1 else x  # noqa: E731
+        answers = {
+            name: rows(x) if name == "dbias" else x[:, :, j if name in ("dk", "dv") else i]
+            for name, x in self.answers.items()
+        }
+        return self._replace(
+            q=self.q[:, :, i], k=self.k[:, :, j], v=self.v[:, :, j], do=self.do[:, :, i], bias=rows(self.bias),
+            mask=rows(self.mask), answers=answers,
+        )  # fmt: skip
 
     def check(self, **got: Array) -> None:
-        """Within the roundoff of the arrays' largest entries, times the size of the scores, whose roundoff exp makes one of
-        its values; where the answer is 0 as a whole, exactly."""
+        """Each value within what is allowed of its answer."""
         for name, value in got.items():
             expected, value = self.answers[name], np.asarray(value)
             assert value.shape == expected.shape, (name, value.shape, expected.shape)
             error = np.abs(value.astype(np.float64) - expected).max(initial=0)
-            eps = float(finfo(value.dtype).eps)
-            units = 1 if value.dtype.itemsize == 2 else 64 * self.size
-            allowed = units * eps * np.abs(expected).max(initial=0)
+            allowed = self.allowed[name] * float(finfo(value.dtype).eps)
             assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -112,8 +125,12 @@ def problem(case: Case, devices: int) -> Problem:
     answers = {"o": o[:, :, i], "dq": dq[:, :, i], "dk": dk[:, :, j], "dv": dv[:, :, j]}
     if dbias is not None:
         answers["dbias"] = of_scores(dbias, i, j)
+    # Of the largest entry: one rounding in 16 bits; else some, times the size of the scores, whose error exp makes one
+    # of its values. Nothing, where the answer is 0 as a whole.
+    units = 1 if q.dtype.itemsize == 2 else 64 * case.size
+    allowed = {name: units * float(np.abs(x).max(initial=0)) for name, x in answers.items()}
     bias, mask = (None if x is None else of_scores(x, i, j) for x in (bias, mask))
-    return Problem(q[:, :, i], k[:, :, j], v[:, :, j], do[:, :, i], bias, mask, *parts, options, answers, case.size)
+    return Problem(q[:, :, i], k[:, :, j], v[:, :, j], do[:, :, i], bias, mask, *parts, options, answers, allowed)
 
 
 def distance_bias(i: Any, j: Any, slopes: Any = SLOPES) -> Any:

@@ -154,7 +154,11 @@ def test_zigzag_order_is_undone() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_states_merge_to_the_attention(variant: str) -> None:
-    q, k, v = randn(2, 5, 3, seed=0, dtype=float), randn(1, 7, 3, seed=1, dtype=float), randn(1, 7, 4, seed=2, dtype=float)
+    q, k, v = (
+        randn(2, 5, 3, seed=0, dtype=float),
+        randn(1, 7, 3, seed=1, dtype=float),
+        randn(1, 7, 4, seed=2, dtype=float),
+    )
     arrays = [jnp.asarray(x) for x in (q, k, v)]
     states = [
         attention_state(arrays[0], arrays[1][:, a:b], arrays[2][:, a:b], is_causal=True, q_offset=1 - a)

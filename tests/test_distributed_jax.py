@@ -1,4 +1,4 @@
-"""SA attention over a JAX mesh. The tests themselves are in ``eight_jax_devices.py``, which needs a process of its own."""
+"""SA attention over a JAX mesh. The tests are in ``eight_jax_devices.py``, which needs a process of its own."""
 
 import os
 import re

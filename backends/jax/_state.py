@@ -1,4 +1,4 @@
-"""Partial states of attention on JAX arrays: what is known of a set of keys, so that disjoint sets merge (clause A11)."""
+"""Partial states of attention on JAX arrays: what is known of a set of keys, so that disjoint sets merge (A11)."""
 
 from typing import NamedTuple
 
@@ -108,9 +108,7 @@ def state_of(z: jax.Array, on: jax.Array, v: jax.Array, clean: jax.Array) -> Att
     lo = jnp.min(z, -1, keepdims=True, where=on, initial=jnp.inf)
     e = jnp.where(on, jnp.exp(z - m), 0)
     shifted = jnp.where(e == 0, 0, z - m)
-    return AttentionState(
-        m, e.sum(-1, keepdims=True), lo, weigh(e, on, v, clean), weigh(e * shifted, on, v, clean)
-    )
+    return AttentionState(m, e.sum(-1, keepdims=True), lo, weigh(e, on, v, clean), weigh(e * shifted, on, v, clean))
 
 
 def rescaled(s: AttentionState, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -127,7 +125,11 @@ def weigh(w: jax.Array, on: jax.Array, v: jax.Array, clean: jax.Array) -> jax.Ar
     """
     v = v.astype(w.dtype)
     o = _matmul(_by_kv_head(w, v), _finite(v))
-    # Any precision counts zeros and ones right.
-    poisoned = lambda: jnp.matmul(_by_kv_head(on, v).astype(v.dtype), (~jnp.isfinite(v)).astype(v.dtype)) > 0  # noqa: E731
-    o = jax.lax.cond(clean, lambda: o, lambda: jnp.where(poisoned(), jnp.nan, o))
+
+    def poisoned() -> jax.Array:
+        # Any precision counts zeros and ones right.
+        count = jnp.matmul(_by_kv_head(on, v).astype(v.dtype), (~jnp.isfinite(v)).astype(v.dtype))
+        return jnp.where(count > 0, jnp.nan, o)
+
+    o = jax.lax.cond(clean, lambda: o, poisoned)
     return o.reshape(*w.shape[:-1], v.shape[-1])

@@ -67,9 +67,10 @@ def ring_attention(
         axis_name: the axis of the mesh along which the sequence is sharded.
         variant: "normalized" or "product".
         bias: an array that broadcasts to (..., Hq, Tq, Tk), sharded along its queries, so that each device holds the
-            columns of all keys, in the order of ``k``; or a function of positions i and j, which broadcast to (Tq', Tk'),
-            whose value broadcasts to (..., Hq, Tq', Tk'), called for one tile at a time. Gradients flow to the array,
-            and to the arrays that the function closes over. A new function is a new compilation: call it under jit.
+            columns of all keys, in the order of ``k``; or a function of positions i and j, which broadcast to
+            (Tq', Tk'), whose value broadcasts to (..., Hq, Tq', Tk'), called for one tile at a time. Gradients flow to
+            the array, and to the arrays that the function closes over. A new function is a new compilation: call it
+            under jit.
         mask: boolean, broadcasts to (..., Hq, Tq, Tk); True where a key participates; sharded as the bias is. A mask
             of padding keys is (..., 1, 1, Tk).
         is_causal: a query sees the keys whose position is not after its own.
@@ -84,13 +85,13 @@ def ring_attention(
         TypeError, ValueError: as :func:`sa_attention`; positions of another length or dtype; an axis that the mesh
             does not have.
 
-    The derivative is a reverse-mode rule: JAX raises on jvp and on second derivatives. At tied extremal scores one of the
-    tied keys gets the whole term (clause A8).
+    The derivative is a reverse-mode rule: JAX raises on jvp, and so on second derivatives of its own. At tied extremal
+    scores one of the tied keys gets the whole term (clause A8).
 
     Source: spec clauses A, A11 in particular.
     """
     function = bias if callable(bias) else None
-    array = None if function is not None else bias
+    array = None if callable(bias) else bias
     scale = check_attention(
         JAX, q, k, v, variant=variant, bias=array, mask=mask, is_causal=is_causal, q_offset=0, scale=scale
     )
@@ -101,15 +102,17 @@ def ring_attention(
     i, j = (_arange(t) if p is None else p.astype(np.int32) for p, t in zip(pair, (tq, tk), strict=True))
     if 0 in (tq, tk):
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
-    parameters: tuple[Any, ...] = ()
+    parameters: Any = ()
     if function is not None:
         bq, bk = (_Blocks(2 * -(-t // chunks)).size for t in (tq, tk))
-        function, parameters = jax.closure_convert(function, jnp.zeros((bq, bk), np.int32), jnp.zeros((1, bk), np.int32))
+        function, parameters = jax.closure_convert(
+            function, jnp.zeros((bq, bk), np.int32), jnp.zeros((1, bk), np.int32)
+        )
     ring = _Ring(mesh, axis_name, variant, is_causal, scale, function)
     q, k, v = (_pad(x, -2, chunks) for x in (q, k, v))
-    array, mask = (_pad_scores(x, q.ndim, (chunks, chunks)) for x in (array, mask))
+    scores = [_pad_scores(x, q.ndim, (chunks, chunks)) for x in (array, mask)]
     i, j = (_pad(x, 0, chunks, NOWHERE) for x in (i, j))
-    return _compiled(ring, q, k, v, array, tuple(parameters), mask, i, j)[..., :tq, :]
+    return _compiled(ring, q, k, v, scores[0], tuple(parameters), scores[1], i, j)[..., :tq, :]
 
 
 def decode(
@@ -147,7 +150,9 @@ def decode(
     Raises:
         TypeError, ValueError: as :func:`sa_attention`; an axis that the mesh does not have.
     """
-    scale = check_attention(JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=False, q_offset=0, scale=scale)
+    scale = check_attention(
+        JAX, q, k, v, variant=variant, bias=bias, mask=mask, is_causal=False, q_offset=0, scale=scale
+    )
     n = _axis_size(mesh, axis_name)
     if k.shape[-2] % n and mask is None:
         mask = jnp.ones((1, k.shape[-2]), bool)
@@ -170,8 +175,8 @@ def from_zigzag(x: jax.Array, devices: int, axis: int = -2) -> jax.Array:
     return jnp.take(x, np.argsort(np.concatenate(zigzag(x.shape[axis], devices))), axis)
 
 
-# The position of padding. One value for queries and keys: where an array is padded twice, and sharded, XLA takes the first
-# value both times (jaxlib 0.10.2).
+# The position of padding. One value for queries and keys: where an array is padded twice, and sharded, XLA takes the
+# first value both times (jaxlib 0.10.2).
 NOWHERE = np.iinfo(np.int32).min
 
 
@@ -217,14 +222,14 @@ def _ring_attention(ring: _Ring, *arrays: Any) -> jax.Array:
 
 def _forward(ring: _Ring, *arrays: Any) -> tuple[jax.Array, Any]:
     specs, rows = _specs(ring, arrays)
-    o, kept = _on_devices(ring, _forward_of_device, specs, (rows, _Rows(*(rows,) * 7)))(*arrays)
+    o, kept = _on_devices(ring, _forward_of_device, specs, (rows, _all_rows(rows)))(*arrays)
     return o, (arrays, kept)
 
 
 def _backward(ring: _Ring, residuals: Any, do: jax.Array) -> tuple[Any, ...]:
     arrays, kept = residuals
     specs, rows = _specs(ring, arrays)
-    backward = _on_devices(ring, _backward_of_device, (*specs, _Rows(*(rows,) * 7), rows), specs[:5])
+    backward = _on_devices(ring, _backward_of_device, (*specs, _all_rows(rows), rows), specs[:5])
     return (*backward(*arrays, kept, do), None, None, None)
 
 
@@ -239,6 +244,10 @@ def _specs(ring: _Ring, arrays: Any) -> tuple[tuple[Any, ...], PartitionSpec]:
     line = PartitionSpec(ring.axis_name)
     of_bias, of_mask = (None if x is None else whole if x.shape[-2] == 1 else rows for x in (bias, mask))
     return (rows, rows, rows, of_bias, tuple(whole for _ in parameters), of_mask, line, line), rows
+
+
+def _all_rows(spec: Any) -> _Rows:
+    return _Rows(*(spec,) * len(_Rows._fields))
 
 
 def _on_devices(ring: Any, f: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -428,6 +437,7 @@ class _Tiles:
     def scores(self, a: Any, b: Any, q: Any, k: Any, i: Any, j: Any) -> tuple[jax.Array, jax.Array, Any]:
         """z and on of a tile, and the function from dx to the gradients of the bias's tile and of the parameters."""
         i, j = i[:, None], j[None]
+        pull: Callable[[Any], Any]
         on = (i != NOWHERE) & (j != NOWHERE)
         if self.ring.is_causal:
             on &= j <= i
@@ -521,7 +531,9 @@ _compiled_decode = jax.jit(_decode, static_argnums=0)
 
 def _axis_size(mesh: Mesh, axis_name: str) -> int:
     if axis_name not in mesh.shape:
-        raise ValueError(f"axis_name must be an axis of the mesh, {', '.join(map(repr, mesh.shape))}; got {axis_name!r}")
+        raise ValueError(
+            f"axis_name must be an axis of the mesh, {', '.join(map(repr, mesh.shape))}; got {axis_name!r}"
+        )
     return int(mesh.shape[axis_name])
 
 

@@ -1,13 +1,13 @@
-"""SA attention whose sequence is sharded over the ranks of a process group, exact to the reference, forward and backward.
+"""SA attention whose sequence is sharded over a process group, exact to the reference, forward and backward.
 
-Each rank keeps its queries, and the keys and values go around the ring, point to point; what a rank knows of the keys it
-has seen is the partial state of spec clause A11. The backward pass goes around once more, with the gradients of keys and
-values travelling behind them: what it needs of a whole row is D = dO O and S = dO (O0 / l), since S = sum_j p_j dO v_j =
-dO sum_j p_j v_j, and the keys at the extrema, all of them known from the forward pass.
+Each rank keeps its queries, and the keys and values go around the ring, point to point; what a rank knows of the keys
+it has seen is the partial state of spec clause A11. The backward pass goes around once more, with the gradients of keys
+and values travelling behind them: what it needs of a whole row is D = dO O and S = dO (O0 / l), since S = sum_j p_j dO
+v_j = dO sum_j p_j v_j, and the keys at the extrema, all of them known from the forward pass.
 
-No rank ever holds more keys than its own, the ones at hand and the ones that arrive, nor more scores than one tile: memory
-per rank falls as 1 / N. The process group's timeout bounds how long a rank waits for one that has failed; the error says
-for whom it waited, and when.
+No rank ever holds more keys than its own, the ones at hand and the ones that arrive, nor more scores than one tile:
+memory per rank falls as 1 / N. The process group's timeout bounds how long a rank waits for one that has failed; the
+error says for whom it waited, and when.
 """
 
 import math
@@ -60,9 +60,9 @@ def ring_attention(
 ) -> Tensor:
     """:func:`sa_attention` over a sequence of which each rank of ``group`` holds a part, called by all of them.
 
-    The parts may differ in length, and may be empty. Tk below is the length of all parts together, in the order of ranks.
-    Alternatively q, k and v are DTensors, sharded along the sequence over one dimension of their mesh, which then is
-    the group, and over batch or heads along others; so is the result.
+    The parts may differ in length, and may be empty. Tk below is the length of all parts together, in the order of
+    ranks. Alternatively q, k and v are DTensors, sharded along the sequence over one dimension of their mesh, which
+    then is the group, and over batch or heads along others; so is the result.
 
     Args:
         q: (..., Hq, Tq_local, D). Hq is a multiple of Hkv.
@@ -71,8 +71,8 @@ def ring_attention(
         group: the process group; the default group if not given.
         variant: "normalized" or "product".
         bias: a tensor that broadcasts to (..., Hq, Tq_local, Tk), the columns of all keys for this rank's queries; or a
-            function of positions i (Tq', 1) and j (1, Tk') whose value broadcasts to (..., Hq, Tq', Tk'), called for one
-            tile at a time. Gradients flow to the tensor, not to what the function reads.
+            function of positions i (Tq', 1) and j (1, Tk') whose value broadcasts to (..., Hq, Tq', Tk'), called for
+            one tile at a time. Gradients flow to the tensor, not to what the function reads.
         mask: boolean, broadcasts to (..., Hq, Tq_local, Tk); True where a key participates. A mask of padding keys is
             (..., 1, 1, Tk).
         is_causal: a query sees the keys whose position is not after its own.
@@ -98,10 +98,10 @@ def ring_attention(
         for name, x in (("bias", bias), ("mask", mask)):
             if isinstance(x, DTensor):
                 raise ValueError(f"{name} must be this rank's part, a plain tensor; got a DTensor. Call its to_local()")
-        parts = [x.to_local() for x in (q, k, v)]
+        parts: list[Any] = [q, k, v]
         o = ring_attention(
-            *parts, group=mesh.get_group(dim), variant=variant, bias=bias, mask=mask, is_causal=is_causal,
-            positions=positions, scale=scale,
+            *(x.to_local() for x in parts), group=mesh.get_group(dim), variant=variant, bias=bias, mask=mask,
+            is_causal=is_causal, positions=positions, scale=scale,
         )  # fmt: skip
         shape = torch.Size((*q.shape[:-1], v.shape[-1]))
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -109,8 +109,11 @@ def ring_attention(
     q, k, v = (_attention.autocast(x) for x in (q, k, v))
     scale = _check(q, k, v, k.shape[-2], variant, None, None, is_causal, scale)
     check_positions(_TORCH, positions, q.shape[-2], k.shape[-2])
-    ring = _Ring.meet(q, k, v, group, variant, is_causal, positions, scale, bias if callable(bias) else None)
+    function = bias if callable(bias) else None
     bias = None if callable(bias) else bias
+    if function is not None:  # refuse before the others wait
+        _value(function, *torch.zeros(2, 1, 1, dtype=torch.long, device=q.device))
+    ring = _Ring.meet(q, k, v, group, variant, is_causal, positions, scale, function)
     _check(q, k, v, ring.starts[-1], variant, bias, mask, is_causal, scale)
     bias, mask = (None if x is None else x.reshape((1,) * (q.ndim - x.ndim) + x.shape) for x in (bias, mask))
     return _RingAttention.apply(q, k, v, bias, mask, ring)  # type: ignore[no-untyped-call]
@@ -129,8 +132,8 @@ def decode(
 ) -> Tensor:
     """Attention of a few queries, which every rank has, over a cache of keys of which each rank holds a slice.
 
-    Each rank reduces its slice to the state of clause A11, and the states, 3 + 2 Dv numbers for each query, are gathered
-    and merged in the order of ranks: every rank gets the same result. For inference, under ``torch.no_grad``.
+    Each rank reduces its slice to the state of clause A11, and the states, 3 + 2 Dv numbers for each query, are
+    gathered and merged in the order of ranks: every rank gets the same result. For inference, under ``torch.no_grad``.
 
     Args:
         q: (..., Hq, Tq, D), the same on every rank.
@@ -156,14 +159,14 @@ def decode(
     state = torch.cat(attention_state(q, k, v, bias, mask, None, scale), -1)
     states = _all_gather(state, group, "for the states of all ranks")
     dv = v.shape[-1]
-    merged, *rest = (AttentionState(*x.split((1, 1, 1, dv, dv), -1)) for x in states)
+    merged, *rest = (AttentionState(*torch.split(x, [1, 1, 1, dv, dv], -1)) for x in states)
     for other in rest:
         merged = merge_states(merged, other)
     return attention_from_state(merged, variant=variant).to(q.dtype)
 
 
 def to_zigzag(x: Tensor, ranks: int, axis: int = -2) -> Tensor:
-    """``x``, the whole sequence, in the order of :func:`zigzag`: its parts, by ``len(zigzag(T, N)[rank])``, are the ranks'."""
+    """``x``, the whole sequence, in the order of :func:`zigzag`: the first ``len(zigzag(T, N)[0])`` are rank 0's."""
     return x.index_select(axis, torch.as_tensor(np.concatenate(zigzag(x.shape[axis], ranks)), device=x.device))
 
 
@@ -194,8 +197,8 @@ def _sequence_dimension(q: DTensor, k: Any, v: Any) -> tuple[Any, int]:
     others = [p for dim, p in enumerate(q.placements) if dim not in dims]
     if len(dims) != 1 or any(p.is_partial() or p == Shard(q.ndim - 1) for p in others):
         raise ValueError(
-            f"q must be sharded along its sequence, Shard({q.ndim - 2}), over one dimension of the mesh, and over batch "
-            f"or heads along others; got {q.placements}. Redistribute it"
+            f"q must be sharded along its sequence, Shard({q.ndim - 2}), over one dimension of the mesh, and over "
+            f"batch or heads along others; got {q.placements}. Redistribute it"
         )
     return q.device_mesh, dims[0]
 
@@ -206,14 +209,14 @@ def _waiting(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} waited {what} in vain: that rank has failed or "
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} waited {what} in vain: a rank has failed, or "
             "has not made the same call within the group's timeout. Look at its own error first; the process group is "
             "not usable any more"
         ) from error
 
 
 class _Blocks:
-    """A local length in blocks of at most BLOCK; an even number of them, so that the two chunks of a zig-zag fall apart."""
+    """A local length in blocks of at most BLOCK, an even number, so that the two chunks of a zig-zag fall apart."""
 
     def __init__(self, positions: Tensor, device: torch.device) -> None:
         length = len(positions)
@@ -262,10 +265,8 @@ class _Ring:
                     raise ValueError(f"all ranks must agree; rank {rank} has {name} {own}, rank {other} has {its}")
         tq, tk = zip(*(values[:2] for values in headers), strict=True)
         starts = [sum(tk[:r]) for r in range(n + 1)]
-        if mine[0] is None:
-            i = torch.arange(sum(tq[:rank]), sum(tq[: rank + 1]))
-        else:
-            i = mine[0].long().cpu()
+        first = sum(tq[:rank])
+        i = torch.arange(first, first + tq[rank]) if mine[0] is None else mine[0].long().cpu()
         if mine[1] is None:
             js: Sequence[Tensor] = [torch.arange(a, b) for a, b in pairwise(starts)]
         else:
@@ -298,7 +299,7 @@ class _Ring:
         held = [k.contiguous(), v.contiguous()]
         for step in range(self.n):
             arrival = self.exchange(held, step, "keys", 0) if step + 1 < self.n else None
-            yield step, (self.rank - step) % self.n, *held
+            yield step, (self.rank - step) % self.n, held[0], held[1]
             if arrival is not None:
                 held = arrival.wait()
 
@@ -369,7 +370,7 @@ class _RingAttention(Function):
         return o.to(q.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         ring, needs_dbias = ctx.ring, ctx.needs_input_grad[3]
         q, k, v, bias, mask, m, l, lo, at_lo, at_hi, o, mean = ctx.saved_tensors  # noqa: E741
@@ -384,7 +385,7 @@ class _RingAttention(Function):
             for step, source, k_, v_ in ring.steps(k, v):
                 dkv = [torch.zeros_like(x, dtype=o.dtype) for x in (k_, v_)]
                 for tile in ring.tiles(source):
-                    _backward_of_tile(ring, tile, q, k_, v_, bias, mask, do, whole, dq, *dkv, dbias)
+                    _backward_of_tile(ring, tile, q, k_, v_, bias, mask, do, whole, dq, dkv[0], dkv[1], dbias)
                 if arrival is not None:  # what the ranks before have added to the gradients of these keys
                     dkv = [x + y for x, y in zip(arrival.wait(), dkv, strict=True)]
                 if ring.n > 1:
@@ -413,8 +414,8 @@ def _fold(
     """The state over all keys, and which of them are at the extrema."""
     c = torch.promote_types(q.dtype, torch.float32)
     one, out = (*q.shape[:-1], 1), (*q.shape[:-1], v.shape[-1])
-    new = lambda shape, value: q.new_full(shape, value, dtype=c)  # noqa: E731
-    state = AttentionState(new(one, -math.inf), new(one, 0), new(one, math.inf), new(out, 0), new(out, 0))
+    m, l, lo = (q.new_full(one, value, dtype=c) for value in (-math.inf, 0, math.inf))  # noqa: E741
+    state = AttentionState(m, l, lo, q.new_zeros(out, dtype=c), q.new_zeros(out, dtype=c))
     at_lo, at_hi = (torch.zeros(one, dtype=torch.long, device=q.device) for _ in range(2))
     for _, source, k_, v_ in ring.steps(k, v):
         for tile in ring.tiles(source):
@@ -455,10 +456,8 @@ def _backward_of_tile(
         target += dx.sum_to_size(target.shape)
 
 
-def _vjp(
-    variant: str, z: Tensor, on: Tensor, g: Tensor, first: int, rows: _Rows
-) -> tuple[Tensor, Tensor]:
-    """y, and the gradient of the scores, by clauses G1 and G2 for rows of which a tile is a part, from key ``first`` on.
+def _vjp(variant: str, z: Tensor, on: Tensor, g: Tensor, first: int, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """y, and the gradient of the scores, by clauses G1 and G2, for rows of which a tile is the part from key ``first``.
 
     The extremal terms go to the keys that the forward pass noted: scores that are computed again need not be equal to
     the last bit.
