@@ -1,5 +1,6 @@
 """Problems of attention over many devices, with the reference's answers in float64; JAX and PyTorch run the same."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,6 +136,12 @@ def problem(case: Case, devices: int) -> Problem:
 
 def distance_bias(i: Any, j: Any, slopes: Any = SLOPES) -> Any:
     return -slopes * abs(i - j)
+
+
+def example(framework: str) -> str:
+    """The code of a section of docs/distributed.md."""
+    guide = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    return guide.partition(f"## {framework}\n")[2].partition("```python\n")[2].partition("```")[0]
 
 
 def of_scores(x: Array, i: Array, j: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed_cases import CASES, SLOPES, Case, Problem, distance_bias, problem
+from distributed_cases import CASES, SLOPES, Case, Problem, distance_bias, example, problem
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import VARIANTS
 
@@ -170,6 +170,13 @@ def test_states_merge_to_the_attention(variant: str) -> None:
     assert isinstance(total, AttentionState)
     expected = reference.sa_attention(q, k, v, variant=variant, is_causal=True, q_offset=1)
     np.testing.assert_allclose(attention_from_state(total, variant=variant), expected, rtol=0, atol=1e-14)
+
+
+def test_the_block_of_the_guide() -> None:
+    names: dict[str, Any] = {}
+    exec(example("JAX"), names)
+    q, k, v = (np.asarray(names[name], float) for name in "qkv")
+    np.testing.assert_allclose(names["o"], reference.sa_attention(q, k, v, is_causal=True), rtol=0, atol=2e-6)
 
 
 def test_errors() -> None:

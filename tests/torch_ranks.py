@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, SLOPES, Case, distance_bias, problem
+from distributed_cases import CASES, SLOPES, Case, distance_bias, example, problem
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -170,6 +170,14 @@ def refusals(group: dist.ProcessGroup) -> None:
         decode(q, q, q.clone().requires_grad_(), group=group)
 
 
+def guide(group: dist.ProcessGroup) -> None:
+    names: dict[str, Any] = {}
+    exec(example("PyTorch"), names)
+    x, positions = names["x"].double().numpy(), names["positions"]
+    expected = reference.sa_attention(x, x, x, is_causal=True)[:, :, positions]
+    np.testing.assert_allclose(array(names["o"]), expected, rtol=0, atol=2e-6)
+
+
 def order(group: dist.ProcessGroup) -> None:
     x = tensor(randn(2, 13, 3, seed=0))
     assert torch.equal(from_zigzag(to_zigzag(x, 4), 4), x)
@@ -192,7 +200,7 @@ def run_all(rank: int) -> dict[str, str | None]:
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     groups = {"4": dist.group.WORLD, "2": pairs[rank // 2]}
     runs = {f"{name}-{n}": partial(test, group) for n, group in groups.items() for name, test in TESTS.items()}
-    runs["dtensors"] = partial(dtensors, dist.group.WORLD)
+    runs |= {"dtensors": partial(dtensors, dist.group.WORLD), "guide": partial(guide, dist.group.WORLD)}
     found: dict[str, str | None] = {}
     for name, test in runs.items():
         distributed.BLOCK = BLOCK

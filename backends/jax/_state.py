@@ -1,12 +1,13 @@
 """Partial states of attention on JAX arrays: what is known of a set of keys, so that disjoint sets merge (A11)."""
 
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
-from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul, _to_int32
+from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul
 from sa_softmax.backends.jax._softmax import JAX, _range
 
 __all__ = ["AttentionState", "attention_from_state", "attention_state", "merge_states"]
@@ -49,7 +50,8 @@ def attention_state(
     )  # fmt: skip
     on = mask
     if is_causal:
-        causal = jnp.arange(k.shape[-2])[None] - jnp.arange(q.shape[-2])[:, None] <= _to_int32(q_offset)
+        offset = max(-q.shape[-2], min(operator.index(q_offset), k.shape[-2]))  # any integer is allowed (A4)
+        causal = jnp.arange(k.shape[-2])[None] - jnp.arange(q.shape[-2])[:, None] <= offset
         on = causal if mask is None else causal & mask
     z, on = scores(q, k, bias, on, scale)
     return state_of(z, on, v, jnp.isfinite(v).all())
