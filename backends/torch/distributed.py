@@ -153,6 +153,7 @@ def decode(
         TypeError, ValueError: as :func:`sa_attention`; a tensor that requires a gradient.
         RuntimeError: another rank failed, or did not answer within the timeout of the group.
     """
+    q, k, v = (_attention.autocast(x) for x in (q, k, v))
     scale = _check(q, k, v, k.shape[-2], variant, bias, mask, False, scale)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
         raise ValueError("decode has no gradient. Call it under torch.no_grad(), or train with ring_attention")
