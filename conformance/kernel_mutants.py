@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from sa_softmax import reference
-from sa_softmax.backends.numpy.adapter import Adapter
+from sa_softmax.backends.numpy.adapter import ReferenceAdapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
 from sa_softmax.conformance.mutants import Mutant
 
@@ -37,7 +37,7 @@ class KernelMutant(Mutant):
 
     def _run(self, operation: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> Any:
         if self._kind not in operation or not all(a.size for a in arrays) or not self._when(arrays, options):
-            return getattr(Adapter, operation)(self, *arrays, **options)
+            return getattr(ReferenceAdapter, operation)(self, *arrays, **options)
         with np.errstate(all="ignore"):
             return super()._run(operation, arrays, options)
 
@@ -238,7 +238,7 @@ def _as_contiguous(a: Array | None) -> Array | None:
     return np.ravel(a, order="K").reshape(a.shape)
 
 
-class _Misread(Adapter):
+class _Misread(ReferenceAdapter):
     """Reads one operand of one operation as if it were contiguous."""
 
     def __init__(self, operand: str) -> None:
@@ -260,7 +260,7 @@ class _Misread(Adapter):
         return super().sa_attention_vjp(**self._operands({"q": q, "k": k, "v": v, "do": do} | options))
 
 
-class _OneBuffer(Adapter):
+class _OneBuffer(ReferenceAdapter):
     """Writes the results of one operation for one shape into one buffer."""
 
     def __init__(self, operation: str) -> None:
@@ -411,7 +411,7 @@ def _rounded_sum(w: Array, v: Array, dtype: Any) -> Array:
     return total.astype(np.float32)
 
 
-class _RoundedSums(Adapter):
+class _RoundedSums(ReferenceAdapter):
     """Adds one of o, dq, dk, dv and dbias in the 16 bits of q."""
 
     def __init__(self, output: str) -> None:
@@ -475,7 +475,7 @@ def _scores_rounded(q: Array, *rest: Any) -> Any:
 # Input checks that one operation has and another lacks.
 
 
-class _Casting(Adapter):
+class _Casting(ReferenceAdapter):
     """Casts integers to float32 in one operation."""
 
     def __init__(self, operation: str) -> None:
@@ -495,7 +495,7 @@ class _Casting(Adapter):
         return super().sa_attention(*self._cast("sa_attention", (q, k, v)), **options)
 
 
-class _Enlarging(Adapter):
+class _Enlarging(ReferenceAdapter):
     """Lets a bias or a mask with more axes than the scores enlarge the output."""
 
     def __init__(self, operand: str) -> None:
@@ -507,7 +507,7 @@ class _Enlarging(Adapter):
         return super().sa_attention(*(np.broadcast_to(a, (*lead, *a.shape)) for a in (q, k, v)), **options)
 
 
-class _AnyVariant(Adapter):
+class _AnyVariant(ReferenceAdapter):
     """Attention takes every unknown variant for the normalized one."""
 
     name = "attention-takes-any-variant"
@@ -517,7 +517,7 @@ class _AnyVariant(Adapter):
         return super().sa_attention(q, k, v, **options | {"variant": variant})
 
 
-class _UnequalHeads(Adapter):
+class _UnequalHeads(ReferenceAdapter):
     """Repeats the heads of k and v each by a count of its own."""
 
     name = "k-and-v-may-have-unequal-heads"

@@ -13,13 +13,13 @@ from unittest import mock
 import numpy as np
 
 from sa_softmax import reference
-from sa_softmax.backends.numpy.adapter import Adapter
+from sa_softmax.backends.numpy.adapter import ReferenceAdapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
 
 __all__ = ["Mutant", "main", "mutants"]
 
 
-class Mutant(Adapter):
+class Mutant(ReferenceAdapter):
     """The reference with some of its private functions replaced by ``parts``, behind a front that may change what
     goes in or comes out: ``before(operation, arrays, options)`` returns what is passed on,
     ``after(operation, result, arrays)`` what comes back.
@@ -40,7 +40,7 @@ class Mutant(Adapter):
         if self._before is not None:
             arrays, options = self._before(operation, arrays, options)
         with mock.patch.multiple(reference, **self._parts) if self._parts else nullcontext():
-            result = getattr(Adapter, operation)(self, *arrays, **options)
+            result = getattr(ReferenceAdapter, operation)(self, *arrays, **options)
         return result if self._after is None else self._after(operation, result, given)
 
     def sa_softmax(self, x: Array, **options: Any) -> Any:
@@ -537,7 +537,7 @@ def _refuse_high_rank(operation: str, arrays: tuple[Array, ...], options: dict[s
     return arrays, options
 
 
-class _SharedBuffer(Adapter):
+class _SharedBuffer(ReferenceAdapter):
     """Writes every result of one shape and dtype into the same memory."""
 
     def __init__(self, name: str) -> None:
@@ -551,7 +551,7 @@ class _SharedBuffer(Adapter):
         return buffer
 
 
-class _Cached(Adapter):
+class _Cached(ReferenceAdapter):
     """Computes the first input of each shape, dtype, variant and axis, and remembers the result."""
 
     def __init__(self, name: str) -> None:
@@ -1050,7 +1050,7 @@ def _without_edges(z: Array, on: Array, g: Array, axis: int, variant: str) -> Ar
         return _row_vjp(z, on, g, axis, variant)
 
 
-class _ValueGradientOfSoftmax(Adapter):
+class _ValueGradientOfSoftmax(ReferenceAdapter):
     """Uses the plain softmax p where the gradient of v needs Y."""
 
     def __init__(self, name: str) -> None:
@@ -1063,7 +1063,7 @@ class _ValueGradientOfSoftmax(Adapter):
             return dq, dk, super().sa_attention_vjp(q, k, v, do, **options)[2], dbias
 
 
-class _SwappedGradients(Adapter):
+class _SwappedGradients(ReferenceAdapter):
     def __init__(self, name: str) -> None:
         self.name = name
 

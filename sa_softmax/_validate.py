@@ -150,6 +150,39 @@ def check_positions(kind: ArrayKind, positions: Any, tq: int, tk: int) -> None:
             )
 
 
+def check_varlen(
+    kind: ArrayKind, q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+    variant: str, scale: float | None, window_size: tuple[int, int],
+) -> float:  # fmt: skip
+    """Check the arguments of attention over packed sequences and return the scale, as :func:`check_attention` does."""
+    _check_arrays(kind, q=q, k=k, v=v, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if len(array.shape) != 3:
+            raise ValueError(
+                f"{name} must be (total length, heads, dimension); got shape {tuple(array.shape)}. "
+                "Pack the batch axis into the lengths, or use sa_attention"
+            )
+    for name, array in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
+        _check_dtype(name, array, ("int32",), "the dtype of cumulative lengths")
+        if len(array.shape) != 1 or array.shape[0] == 0 or array.shape != cu_seq_q.shape:
+            raise ValueError(
+                f"cu_seq_q and cu_seq_k must both be (N + 1,) for N sequences; got {tuple(cu_seq_q.shape)} and "
+                f"{tuple(cu_seq_k.shape)}. They start with 0 and add the lengths up"
+            )
+    for name, value in (("max_q", max_q), ("max_k", max_k)):
+        if not isinstance(value, kind.integers) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, the largest length; got {value!r}. Convert it with int()")
+    if len(window_size) != 2 or not all(isinstance(n, kind.integers) and n >= -1 for n in window_size):
+        raise ValueError(
+            f"window_size must be (left, right) with integers of at least -1; got {window_size!r}. "
+            "(-1, -1) is no window, (-1, 0) causal"
+        )
+    q, k, v = (array.swapaxes(0, 1) for array in (q, k, v))
+    return check_attention(
+        kind, q, k, v, variant=variant, bias=None, mask=None, is_causal=False, q_offset=0, scale=scale
+    )  # fmt: skip
+
+
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")

@@ -16,7 +16,7 @@ from support import VARIANTS, backends, exact, exact_row
 
 from sa_softmax import reference
 from sa_softmax.backends import REGISTRY, Entry
-from sa_softmax.backends.numpy.adapter import Adapter as NumpyAdapter
+from sa_softmax.backends.numpy.adapter import ReferenceAdapter as NumpyAdapter
 from sa_softmax.conformance import oracle
 from sa_softmax.conformance.golden import SAFETY
 

@@ -1,10 +1,15 @@
 """PyTorch tensors on any device: eager, under torch.compile and torch.export, and under torch.func."""
 
+import os
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from sa_softmax._validate import ArrayKind, check_attention, check_softmax
-from sa_softmax.backends.torch import _attention, _export, _row, _state
+from sa_softmax._validate import ArrayKind, check_attention, check_softmax, check_varlen
+from sa_softmax.backends._native import native
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton, _varlen
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 
 __all__ = [
@@ -12,12 +17,37 @@ __all__ = [
     "SASoftmax",
     "attention_from_state",
     "attention_state",
+    "implementation",
     "merge_states",
     "sa_attention",
     "sa_softmax",
+    "varlen_sa_attention",
 ]
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
+
+if (_c_api := native()) is not None:
+    from sa_softmax.backends.torch import _native
+
+    _kernels.register("cpu", f"native {_c_api.instruction_set()}", _native)
+
+if (
+    (torch.version.cuda or torch.version.hip)
+    and os.environ.get("SA_SOFTMAX_IMPLEMENTATION") != "composition"
+    and find_spec("triton") is not None
+):
+    _kernels.register("cuda", _triton.NAME, _triton)
+
+
+def implementation(device: torch.device | str) -> str:
+    """What runs on ``device``: "native" and an instruction set, "triton", or "composition" (PyTorch's own operators).
+
+    The kernels of sa-softmax-native run on CPU tensors where it is installed, and Triton's on CUDA and ROCm tensors where
+    Triton is (they have been compiled and interpreted, but not run on a GPU yet, as the name says), unless the environment variable
+    ``SA_SOFTMAX_IMPLEMENTATION`` says ``composition`` when this module is imported; with ``native`` it is an error if
+    they cannot. Forward-mode derivatives, derivatives of gradients and exported programs are the composition's.
+    """
+    return _kernels.implementation(torch.device(device).type)
 
 
 def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where: Tensor | None = None) -> Tensor:
@@ -47,8 +77,7 @@ def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where:
     Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
     """
     axis = check_softmax(_TORCH, x, axis=axis, variant=variant, where=where)
-    sa_softmax = (_export if torch.compiler.is_exporting() else _row).sa_softmax
-    return sa_softmax(x, where, axis, variant)
+    return _way(_row, x, where).sa_softmax(x, where, axis, variant)
 
 
 def sa_attention(
@@ -109,8 +138,21 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
-    sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
-    return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+    return _way(_attention, q, k, v, bias, mask).sa_attention(
+        q, k, v, bias, mask, q_offset if is_causal else None, scale, variant
+    )
+
+
+def _way(own: Any, *tensors: Tensor | None) -> Any:
+    """The module that computes: ``own``, or the one for exported programs or sharded tensors."""
+    if torch.compiler.is_exporting():
+        return _export
+    # By name, because the class lives in a module that takes long to import.
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        from sa_softmax.backends.torch import _sharding
+
+        return _sharding
+    return own
 
 
 def attention_state(
@@ -140,6 +182,57 @@ def attention_state(
         variant="normalized", bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
     )  # fmt: skip
     return _state.attention_state(q, k, v, bias, mask, q_offset if is_causal else None, scale)
+
+
+def varlen_sa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    variant: str = "normalized",
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """SA attention within each of N packed sequences; arguments as in ``torch.nn.attention.varlen.varlen_attn``.
+
+    Sequence n has the queries cu_seq_q[n] to cu_seq_q[n + 1] and the keys cu_seq_k[n] to cu_seq_k[n + 1]. No score
+    crosses from one to another, so extrema, and with them the self-adjusting factor, are those of the sequence.
+    Gradients flow to q, k and v. Autocast is as in :func:`sa_attention`.
+
+    Where the device has no kernel, the sequences run one by one, which reads their lengths on the host.
+
+    Args:
+        q: (total_q, Hq, D). Hq is a multiple of Hkv.
+        k: (total_k, Hkv, D).
+        v: (total_k, Hkv, Dv).
+        cu_seq_q: (N + 1,) int32, 0 and the lengths of the queries, added up.
+        cu_seq_k: (N + 1,) int32, the same of the keys.
+        max_q: the largest number of queries of a sequence, or more.
+        max_k: the largest number of keys, or more.
+        variant: "normalized" or "product".
+        scale: factor of the scores, 1/sqrt(D) by default.
+        window_size: (left, right). Query i of Tq sees keys i + Tk - Tq - left to i + Tk - Tq + right; -1 leaves a side
+            open, so (-1, 0) is the causal mask, aligned at the lower right.
+
+    Returns:
+        (total_q, Hq, Dv) in the dtype of ``q``; 0 for a query without keys, and for one that no sequence has.
+
+    Raises:
+        TypeError: not floating tensors of one dtype, cumulative lengths that are not int32, max_q or max_k that are no
+            integers.
+        ValueError: shapes, heads, numbers of sequences or a window that do not fit, unknown variant, two devices.
+
+    Source: docs/spec.md, clauses A1, A3, A4 and A5, for each sequence.
+    """
+    q, k, v = _attention.autocast(q), _attention.autocast(k), _attention.autocast(v)
+    scale = check_varlen(
+        _TORCH, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, variant=variant, scale=scale, window_size=window_size
+    )
+    return _varlen.varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *window_size, scale, variant)
 
 
 class SASoftmax(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sa_softmax.backends.torch import _row
+from sa_softmax.backends.torch import _kernels, _row
 
-__all__ = ["SAAttentionFunction", "autocast", "sa_attention"]
+__all__ = ["autocast", "compose", "sa_attention"]
 
 
 def sa_attention(
@@ -22,7 +22,7 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(SAAttentionFunction, q, k, v, bias, mask, offset, scale, variant)
+    return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, scale, variant)[0]
 
 
 def autocast(x: Any) -> Any:
@@ -41,42 +41,110 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
-class SAAttentionFunction(Function):
+def compose(
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+) -> Tensor:  # fmt: skip
+    with _no_autocast(q.device):
+        s = _scores(q, k, v, bias, mask, offset, scale)
+        y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
+        o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
+    return _unfold(o, q).to(q.dtype)
+
+
+def _compose_first(*args: Any) -> tuple[Tensor]:
+    return (compose(*args),)
+
+
+def compose_vjp(
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, do: Tensor, offset: int | None, scale: float, variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    with _no_autocast(q.device):
+        s = _scores(q, k, v, bias, mask, offset, scale)
+        do = _fold(do.to(s.z.dtype), k)
+        p = _row.softmax(s.z, s.on, -1)
+        y = _fold(_row.value(s.z, s.on, p, -1, variant), k)
+        dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, variant)
+        dx_ = _fold(dx, k)
+        # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
+        dq = _unfold(scale * (dx_ @ _finite(s.k)), q)
+        dk = scale * (dx_.mT @ _finite(s.q))
+        dv = _weigh(y.mT, _fold(s.on, k).mT, do)
+    # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
+    dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+class _Attention(Function):
+    """o, and the kernel's stats where its device has kernels of both directions."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
-    ) -> Tensor:  # fmt: skip
-        with _no_autocast(q.device):
-            s = _scores(q, k, v, bias, mask, offset, scale)
-            y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
-            o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
-        return _unfold(o, q).to(q.dtype)
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not _kernels.supports("attention", q, v):
+            return compose(q, k, v, bias, mask, offset, scale, variant), q.new_empty(0)
+        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.offset, ctx.scale, ctx.variant = inputs
-        ctx.save_for_backward(*tensors)
+        fused = _kernels.supports("attention_vjp", inputs[0], inputs[2])
+        ctx.save_for_backward(*tensors, *(output if fused else (None, None)))
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask = ctx.saved_tensors
-        with _no_autocast(q.device):
-            s = _scores(q, k, v, bias, mask, ctx.offset, ctx.scale)
-            do = _fold(do.to(s.z.dtype), k)
-            p = _row.softmax(s.z, s.on, -1)
-            y = _fold(_row.value(s.z, s.on, p, -1, ctx.variant), k)
-            dx = _row.vjp(s.z, s.on, p, _unfold(do @ s.v.mT, q), -1, ctx.variant)
-            dx_ = _fold(dx, k)
-            # dx carries the NaN of participating entries, so what multiplies it may drop the non-finite of the others.
-            dq = _unfold(ctx.scale * (dx_ @ _finite(s.k)), q)
-            dk = ctx.scale * (dx_.mT @ _finite(s.q))
-            dv = _weigh(y.mT, _fold(s.on, k).mT, do)
-        # Whether bias needs a gradient or not: Dynamo may say that it does not where torch.func asks for it.
-        dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None, None, None
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, stats = ctx.saved_tensors
+        options = ctx.offset, ctx.scale, ctx.variant
+        if o is None:
+            gradients = compose_vjp(q, k, v, bias, mask, do, *options)
+        else:
+            gradients = _row.apply(_AttentionVjp, _compose_vjp, q, k, v, bias, mask, o, stats, do, *options)
+        dq, dk, dv, dbias = gradients
+        return dq, dk, dv, dbias if bias is not None else None, None, None, None, None
+
+
+def _compose_vjp(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, *rest: Any
+) -> Any:  # fmt: skip
+    return compose_vjp(q, k, v, bias, mask, *rest)
+
+
+class _AttentionVjp(Function):
+    """The gradient by kernels; its own derivatives are those of the closed form, of which o and stats are no part."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
+        offset: int | None, scale: float, variant: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        gradients = torch.ops.sa_softmax.attention_vjp(
+            q, k, v, bias, mask, o, stats, do, offset, -1, scale, variant
+        )  # fmt: skip
+        # A Function that is batched returns tensors alone.
+        return *gradients[:3], q.new_empty(0) if bias is None else gradients[3]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, v, bias, mask, _, _, do, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, bias, mask, do)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, do = ctx.saved_tensors
+
+        def gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+            return compose_vjp(q, k, v, bias[0] if bias else None, mask, do, *ctx.options)[: 3 + len(bias)]
+
+        inputs = (q, k, v, do) if bias is None else (q, k, v, do, bias)
+        dq, dk, dv, ddo, *dbias = torch.func.vjp(gradients, *inputs)[1](tangents[: len(inputs) - 1])
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None, ddo, None, None, None
 
 
 class _Scores(NamedTuple):

@@ -20,8 +20,8 @@ _LIBRARY.define(
     "sa_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale, str variant)"
     " -> Tensor"
 )
-_LIBRARY.impl("sa_softmax", _row.SASoftmaxFunction.forward, "CompositeImplicitAutograd")
-_LIBRARY.impl("sa_attention", _attention.SAAttentionFunction.forward, "CompositeImplicitAutograd")
+_LIBRARY.impl("sa_softmax", _row.compose, "CompositeImplicitAutograd")
+_LIBRARY.impl("sa_attention", _attention.compose, "CompositeImplicitAutograd")
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

@@ -1,8 +1,8 @@
 """The row operation on PyTorch tensors, with its gradient in closed form (spec clauses G1 to G5).
 
-``SASoftmax.forward`` is composed so that PyTorch's own derivatives of it, of any order and in either mode, follow the
-same clauses. They serve forward mode. The closed form serves the rest: it keeps ``x`` alone for the backward pass, and
-stays finite up to the largest scores (G8).
+``compose`` is composed so that PyTorch's own derivatives of it, of any order and in either mode, follow the same
+clauses. They serve forward mode. The closed form serves the rest: it keeps ``x`` alone for the backward pass, and
+stays finite up to the largest scores (G8). Where a device has kernels, they take the place of both.
 """
 
 import math
@@ -12,27 +12,44 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["SASoftmaxFunction", "apply", "bounds", "participating", "sa_softmax", "softmax", "value", "vjp"]
+from sa_softmax.backends.torch import _kernels
+
+__all__ = ["apply", "bounds", "compose", "participating", "sa_softmax", "softmax", "value", "vjp"]
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
-    return apply(SASoftmaxFunction, x, where, axis, variant)
+    return apply(_Softmax, compose, x, where, axis, variant)
 
 
-def apply(function: type[Function], *args: Any) -> Tensor:
+def apply(function: type[Function], compose: Any, *args: Any) -> Any:
+    """``function``, or ``compose``, which computes the same, where PyTorch would miss the Function's derivatives."""
     # A jvp of the Function's own would lose the outer tangent where forward mode is nested, and Dynamo refuses it.
     if forward_ad._current_level >= 0:
-        return function.forward(*args)
+        return compose(*args)
+    # Under torch.func, Dynamo traces the forward of a Function and forgets its backward.
+    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return compose(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
-class SASoftmaxFunction(Function):
+def compose(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
+    z, on = participating(x, where)
+    return value(z, on, softmax(z, on, axis), axis, variant).to(x.dtype)
+
+
+def compose_vjp(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
+    z, on = participating(x, where)
+    return vjp(z, on, softmax(z, on, axis), g.to(z.dtype), axis, variant).to(x.dtype)
+
+
+class _Softmax(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
-        z, on = participating(x, where)
-        return value(z, on, softmax(z, on, axis), axis, variant).to(x.dtype)
+        if _kernels.supports("row", x):
+            return torch.ops.sa_softmax.row(x, where, axis, variant)
+        return compose(x, where, axis, variant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -42,9 +59,32 @@ class SASoftmaxFunction(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         x, where = ctx.saved_tensors
-        z, on = participating(x, where)
-        dx = vjp(z, on, softmax(z, on, ctx.axis), g.to(z.dtype), ctx.axis, ctx.variant)
-        return dx.to(x.dtype), None, None, None
+        if _kernels.supports("row_vjp", x):
+            dx = apply(_SoftmaxVjp, compose_vjp, x, g, where, ctx.axis, ctx.variant)
+        else:
+            dx = compose_vjp(x, g, where, ctx.axis, ctx.variant)
+        return dx, None, None, None
+
+
+class _SoftmaxVjp(Function):
+    """The gradient by a kernel; its own derivatives are those of the closed form."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
+        return torch.ops.sa_softmax.row_vjp(x, g, where, axis, variant)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, g, where, ctx.axis, ctx.variant = inputs
+        ctx.save_for_backward(x, g, where)
+
+    @staticmethod
+    def backward(ctx: Any, t: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, g, where = ctx.saved_tensors
+        pull_back = torch.func.vjp(lambda x, g: compose_vjp(x, g, where, ctx.axis, ctx.variant), x, g)[1]
+        return *pull_back(t), None, None, None
 
 
 # Below, ``z`` has the compute dtype and holds 0 where ``on`` is false; ``p`` is the softmax over ``on``.

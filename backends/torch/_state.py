@@ -2,18 +2,20 @@
 
 Their gradient, extremal terms included, is what PyTorch derives: ``m`` and ``lo`` come from amax and amin, which share
 ties as G3 asks, and the clamps at zero select (G4). Between two states whose extrema are equal, each gets half (A8).
+Where a device has a kernel for the state, its gradient is that of the composition, computed again.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from sa_softmax._validate import check_variant
-from sa_softmax.backends.torch import _attention, _row
+from sa_softmax.backends.torch import _attention, _kernels, _row
 
-__all__ = ["AttentionState", "attention_from_state", "attention_state", "merge_states"]
+__all__ = ["AttentionState", "attention_from_state", "attention_state", "compose", "merge_states"]
 
 
 class AttentionState(NamedTuple):
@@ -35,6 +37,40 @@ def attention_state(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
 ) -> AttentionState:
     """``offset`` is that of the causal mask, None without one."""
+    return AttentionState(*_row.apply(_State, compose, q, k, v, bias, mask, offset, scale))
+
+
+class _State(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+    ) -> tuple[Tensor, ...]:
+        if _kernels.supports("attention_state", q, v):
+            return torch.ops.sa_softmax.attention_state(q, k, v, bias, mask, offset, scale)
+        return tuple(compose(q, k, v, bias, mask, offset, scale))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.offset, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask = ctx.saved_tensors
+
+        def state(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+            return tuple(compose(q, k, v, bias[0] if bias else None, mask, ctx.offset, ctx.scale))
+
+        inputs = (q, k, v) if bias is None else (q, k, v, bias)
+        dq, dk, dv, *dbias = torch.func.vjp(state, *inputs)[1](gradients)
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None
+
+
+def compose(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
+) -> AttentionState:
     with _attention._no_autocast(q.device):
         return state_of(_attention._scores(q, k, v, bias, mask, offset, scale), q, k)
 

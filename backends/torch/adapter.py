@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sa_softmax.backends.protocol import OPERATIONS, Array, Gradients
-from sa_softmax.backends.torch import sa_attention, sa_softmax
+from sa_softmax.backends.torch import implementation, sa_attention, sa_softmax
 
 __all__ = ["Adapter"]
 
@@ -15,7 +15,6 @@ __all__ = ["Adapter"]
 class Adapter:
     name = "torch"
     version = f"torch {torch.__version__}"
-    implementation = "eager composition"
     operations = OPERATIONS
     dtypes = ("float16", "bfloat16", "float32", "float64")
     devices = (
@@ -23,7 +22,12 @@ class Adapter:
         *(["cuda"] if torch.cuda.is_available() else []),
         *(["mps"] if torch.backends.mps.is_available() else []),
     )
-    bitwise_rows = False  # a reduction's order depends on strides and thread count
+
+    def __init__(self) -> None:
+        running = {device: implementation(device) for device in self.devices}
+        self.implementation = ", ".join(f"{device}: {name}" for device, name in running.items())
+        # In the composition, a reduction's order depends on strides and thread count.
+        self.bitwise_rows = "composition" not in running.values()
 
     def sa_softmax(self, x: Array, *, where: Array | None, device: str, **options: Any) -> Array:
         return _array(sa_softmax(_tensor(x, device), where=_optional(where, device), **options))

@@ -9,13 +9,8 @@
 #include <string>
 
 #include "onnxruntime_abi.h"
+#include "sa_softmax/c_api.h"
 #include "sa_softmax/kernels.h"
-
-#if defined(_WIN32)
-#define SA_SOFTMAX_EXPORT extern "C" __declspec(dllexport)
-#else
-#define SA_SOFTMAX_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace sa_softmax {
 namespace {
@@ -380,7 +375,7 @@ OrtCustomOpDomain* domain_for(const OrtApi* api, bool infers_shapes) {
 }  // namespace sa_softmax
 
 // What onnxruntime calls when the library is registered with session options.
-SA_SOFTMAX_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+extern "C" SA_SOFTMAX_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace sa_softmax;
   const OrtApi* const api = base->GetApi(kOrtApiVersion);
   if (api == nullptr)
@@ -389,13 +384,4 @@ SA_SOFTMAX_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* o
     instruction_set();  // so that a bad choice fails here, not in the first run
     check(api->AddCustomOpDomain(options, domain_for(api, can_infer_shapes(base))));
   });
-}
-
-// The instruction set of the kernels, "" if SA_SOFTMAX_INSTRUCTION_SET names one that this processor lacks.
-SA_SOFTMAX_EXPORT const char* sa_softmax_instruction_set() {
-  try {
-    return sa_softmax::instruction_set();
-  } catch (...) {
-    return "";
-  }
 }

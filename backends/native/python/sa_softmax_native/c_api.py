@@ -1,0 +1,77 @@
+"""The functions of ``c_api.h``: one Python function for each, the library's errors as ValueError.
+
+Arrays are what :func:`array` makes; whoever calls keeps their memory alive and has checked their dtypes. The
+interpreter lock is released while a kernel runs.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from typing import Any
+
+from sa_softmax_native import library_path
+
+__all__ = ["array", "attention", "instruction_set", "row", "row_vjp"]
+
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+VARIANTS = {"normalized": 0, "product": 1}
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("rank", c_int64), ("shape", POINTER(c_int64)), ("strides", POINTER(c_int64)))
+
+
+_library = ctypes.CDLL(library_path())
+_library.sa_softmax_last_error.restype = _library.sa_softmax_instruction_set.restype = c_char_p
+
+
+def _function(name: str, *arguments: Any) -> Any:
+    function = getattr(_library, name)
+    function.argtypes, function.restype, function.errcheck = arguments, c_int, _check
+    return function
+
+
+def _check(status: int, *_: Any) -> None:
+    if status != 0:
+        raise ValueError(_library.sa_softmax_last_error().decode())
+
+
+_a = POINTER(_Array)
+_row = _function("sa_softmax_row", c_int, c_int, c_int64, _a, _a, _a, c_int)
+_row_vjp = _function("sa_softmax_row_vjp", c_int, c_int, c_int64, _a, _a, _a, _a, c_int)
+_attention = _function(
+    "sa_softmax_attention", c_int, c_int, c_int, c_int64, c_double, _a, _a, _a, _a, _a, _a, c_int
+)  # fmt: skip
+
+
+def array(data: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
+    """An array at the address ``data``; strides in elements, of any sign."""
+    lengths = c_int64 * len(shape)
+    return _Array(data, len(shape), lengths(*shape), lengths(*strides))
+
+
+def row(dtype: str, variant: str, axis: int, x: Any, where: Any, y: Any, threads: int) -> None:
+    """y = the row operation of x along axis; where: bytes that broadcast to x, or None."""
+    _row(DTYPES[dtype], VARIANTS[variant], axis, x, where, y, threads)
+
+
+def row_vjp(dtype: str, variant: str, axis: int, x: Any, g: Any, where: Any, dx: Any, threads: int) -> None:
+    """dx = the gradient of sum(g * row(x))."""
+    _row_vjp(DTYPES[dtype], VARIANTS[variant], axis, x, g, where, dx, threads)
+
+
+def attention(
+    dtype: str, variant: str, offset: int | None, scale: float,
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, o: Any, threads: int,
+) -> None:  # fmt: skip
+    """o = attention; query i sees keys j <= i + offset, all of them if it is None. bias and mask may be None."""
+    causal = offset is not None
+    _attention(DTYPES[dtype], VARIANTS[variant], causal, offset or 0, scale, q, k, v, bias, mask, o, threads)
+
+
+def instruction_set() -> str:
+    """The instruction set of the kernels; ValueError if SA_SOFTMAX_INSTRUCTION_SET names one that cannot run here."""
+    name: bytes | None = _library.sa_softmax_instruction_set()
+    if name is None:
+        raise ValueError(_library.sa_softmax_last_error().decode())
+    return name.decode()

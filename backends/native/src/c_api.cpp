@@ -1,0 +1,96 @@
+// The C interface: plain arguments become those of kernels.h, exceptions become messages, and the pool's threads work.
+#include "sa_softmax/c_api.h"
+
+#include <string>
+
+#include "pool.h"
+#include "sa_softmax/kernels.h"
+
+namespace sa_softmax {
+namespace {
+
+std::string& last_error() {
+  static thread_local std::string message;
+  return message;
+}
+
+template <class F>
+int guarded(const F& f) noexcept {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& error) {
+    try {
+      last_error() = error.what();
+    } catch (...) {
+      last_error().clear();
+    }
+    return 1;
+  }
+}
+
+Array array(const char* name, const sa_softmax_array* a) {
+  if (a == nullptr) throw Error(std::string(name) + " must be given; got a null pointer");
+  if (a->rank < 0 || (a->rank > 0 && (a->shape == nullptr || a->strides == nullptr)))
+    throw Error(std::string(name) + " must have a rank of at least 0, a shape and strides; got the rank " +
+                std::to_string(a->rank));
+  return {a->data, Shape(a->shape, a->shape + a->rank), Shape(a->strides, a->strides + a->rank)};
+}
+
+// An array that may be absent, as kernels.h takes it.
+class Optional {
+ public:
+  Optional(const char* name, const sa_softmax_array* a) : given_(a != nullptr) {
+    if (given_) array_ = array(name, a);
+  }
+  operator const Array*() const { return given_ ? &array_ : nullptr; }
+
+ private:
+  bool given_;
+  Array array_;
+};
+
+Parallel parallel(int threads) {
+  if (threads < 1) throw Error("threads must be at least 1; got " + std::to_string(threads));
+  return [threads](int64_t count, const std::function<void(int64_t)>& task) { run_parallel(threads, count, task); };
+}
+
+}  // namespace
+}  // namespace sa_softmax
+
+using namespace sa_softmax;
+
+int sa_softmax_row(int dtype, int variant, int64_t axis, const sa_softmax_array* x, const sa_softmax_array* where,
+                   const sa_softmax_array* y, int threads) {
+  return guarded([&] {
+    softmax({DType(dtype), axis, Variant(variant)}, array("x", x), Optional("where", where), array("y", y),
+            parallel(threads));
+  });
+}
+
+int sa_softmax_row_vjp(int dtype, int variant, int64_t axis, const sa_softmax_array* x, const sa_softmax_array* g,
+                       const sa_softmax_array* where, const sa_softmax_array* dx, int threads) {
+  return guarded([&] {
+    softmax_vjp({DType(dtype), axis, Variant(variant)}, array("x", x), array("g", g), Optional("where", where),
+                array("dx", dx), parallel(threads));
+  });
+}
+
+int sa_softmax_attention(int dtype, int variant, int is_causal, int64_t q_offset, double scale,
+                         const sa_softmax_array* q, const sa_softmax_array* k, const sa_softmax_array* v,
+                         const sa_softmax_array* bias, const sa_softmax_array* mask, const sa_softmax_array* o,
+                         int threads) {
+  return guarded([&] {
+    const AttentionOptions options{DType(dtype), Variant(variant), is_causal != 0, is_causal ? q_offset : 0, scale};
+    attention(options, array("q", q), array("k", k), array("v", v), Optional("bias", bias), Optional("mask", mask),
+              array("o", o), parallel(threads));
+  });
+}
+
+const char* sa_softmax_instruction_set() {
+  const char* name = nullptr;
+  guarded([&] { name = instruction_set(); });
+  return name;
+}
+
+const char* sa_softmax_last_error() { return last_error().c_str(); }

@@ -1,0 +1,90 @@
+"""NumPy arrays through the kernels of sa-softmax-native: arguments, results and errors are those of the reference."""
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sa_softmax_native import c_api
+
+from sa_softmax import reference
+from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_softmax, dtype_name
+from sa_softmax.reference import _NUMPY, sa_attention_vjp
+
+__all__ = ["sa_attention", "sa_attention_vjp", "sa_softmax", "sa_softmax_vjp"]
+
+Array = npt.NDArray[Any]
+
+
+def _threads() -> int:
+    given = os.environ.get("SA_SOFTMAX_NUM_THREADS")
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"SA_SOFTMAX_NUM_THREADS must be an integer of at least 1; got {given!r}. Unset it")
+    return int(given)
+
+
+_THREADS = _threads()
+
+
+def sa_softmax(x: Array, *, axis: int = -1, variant: str = "normalized", where: Array | None = None) -> Array:
+    axis = check_softmax(_NUMPY, x, axis=axis, variant=variant, where=where)
+    y = np.empty_like(x, subok=False)
+    c_api.row(dtype_name(x), variant, axis, _array(x), _optional(where), _array(y), _THREADS)
+    return y
+
+
+def sa_softmax_vjp(
+    x: Array, g: Array, *, axis: int = -1, variant: str = "normalized", where: Array | None = None
+) -> Array:
+    axis = check_softmax(_NUMPY, x, axis=axis, variant=variant, where=where, g=g)
+    dx = np.empty_like(x, subok=False)
+    c_api.row_vjp(dtype_name(x), variant, axis, _array(x), _array(g), _optional(where), _array(dx), _THREADS)
+    return dx
+
+
+def sa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    variant: str = "normalized",
+    bias: Array | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> Array:
+    scale = check_attention(
+        _NUMPY, q, k, v,
+        variant=variant, bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
+    )  # fmt: skip
+    dtype = q.dtype
+    if bias is not None and bias.dtype != dtype:
+        # A bias in the compute dtype: all is widened, and the result rounded once.
+        q, k, v = (a.astype(COMPUTE_DTYPE[dtype_name(a)]) for a in (q, k, v))
+    o = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+    offset = max(-q.shape[-2], min(q_offset, k.shape[-2])) if is_causal else None
+    c_api.attention(
+        dtype_name(q), variant, offset, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), _THREADS,
+    )  # fmt: skip
+    return o.astype(dtype, copy=False)
+
+
+for _function in (sa_softmax, sa_softmax_vjp, sa_attention):
+    _function.__doc__ = getattr(reference, _function.__name__).__doc__
+
+
+def _array(a: Array) -> Any:
+    size = a.itemsize
+    if not a.flags.aligned or any(stride % size for stride in a.strides):  # fields of records
+        a = a.copy()
+    described = c_api.array(a.ctypes.data, a.shape, [stride // size for stride in a.strides])
+    described.owner = a
+    return described
+
+
+def _optional(a: Array | None) -> Any:
+    return None if a is None else _array(a)

@@ -1,0 +1,55 @@
+"""CPU tensors through the kernels of sa-softmax-native, on as many threads as PyTorch's own operators use."""
+
+from typing import Any
+
+import torch
+from sa_softmax_native import c_api
+from torch import Tensor
+
+from sa_softmax.backends.torch._kernels import empty_attention
+
+__all__ = ["attention", "row", "row_vjp"]
+
+_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+
+
+def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
+    y = torch.empty_like(x)
+    c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), torch.get_num_threads())
+    return y
+
+
+def row_vjp(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
+    dx = torch.empty_like(x)
+    x_, g_, where_, dx_ = _array(x), _array(g), _optional(where), _array(dx)
+    c_api.row_vjp(_NAMES[x.dtype], variant, axis, x_, g_, where_, dx_, torch.get_num_threads())
+    return dx
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+    offset: int | None, left: int, scale: float, variant: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = q.dtype
+    if bias is not None and bias.dtype != dtype:
+        # A bias in the compute dtype: all is widened, and the result rounded once.
+        q, k, v = (x.to(bias.dtype) for x in (q, k, v))
+    o, stats = empty_attention(q, v)
+    c_api.attention(
+        _NAMES[q.dtype], variant, offset, scale,
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), torch.get_num_threads(),
+    )  # fmt: skip
+    return o.to(dtype), stats
+
+
+def _array(x: Tensor) -> Any:
+    return c_api.array(x.data_ptr(), x.shape, x.stride())
+
+
+def _optional(x: Tensor | None) -> Any:
+    return None if x is None else _array(x)

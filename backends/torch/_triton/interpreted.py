@@ -1,0 +1,44 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter, under the conformance suite:
+
+    TRITON_INTERPRET=1 SA_SOFTMAX_IMPLEMENTATION=composition \\
+        sa-softmax conformance --backend sa_softmax.backends.torch._triton.interpreted:Adapter
+
+The variables must be set before Python starts: Triton reads the first when it is imported, and the second keeps other
+kernels from the CPU.
+"""
+
+import os
+
+from sa_softmax.backends.protocol import OPERATIONS
+from sa_softmax.backends.torch import _kernels, _triton, adapter
+
+__all__ = ["Adapter", "install"]
+
+NAME = "triton in its interpreter"
+
+
+def install() -> None:
+    """Make the Triton kernels the ones of CPU tensors, for the rest of the process.
+
+    Raises:
+        RuntimeError: the variables above are not set, or other kernels have the CPU.
+    """
+    running = _kernels.implementation("cpu")
+    if running == NAME:
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1" or running != "composition":
+        raise RuntimeError(
+            f"the interpreted kernels need TRITON_INTERPRET=1 and SA_SOFTMAX_IMPLEMENTATION=composition from the start; "
+            f"got TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}, and the CPU runs {running!r}"
+        )
+    _kernels.register("cpu", NAME, _triton)
+
+
+class Adapter(adapter.Adapter):
+    name = "torch-triton-interpreted"
+    operations = OPERATIONS
+    devices = ("cpu",)
+
+    def __init__(self) -> None:
+        install()
+        super().__init__()
