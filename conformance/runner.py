@@ -1,12 +1,7 @@
 """Run the suite against a backend and say what came of it."""
 
-import importlib
-import importlib.util
 import json
-import os
 import platform
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_softmax import backends
+from sa_softmax._load import named
 from sa_softmax._validate import DTYPES
 from sa_softmax.backends.protocol import OPERATIONS, Backend
 from sa_softmax.conformance import golden
@@ -84,46 +80,9 @@ def load(name: str) -> Backend:
     Raises ValueError for an unknown name or an object that does not meet the protocol, ImportError with the extra to
     install for a framework that is missing.
     """
-    backend = _own(name) if ":" in name else backends.get(name).adapter()
+    backend = named(name) if ":" in name else backends.get(name).adapter()
     _check_protocol(backend, name)
     return backend
-
-
-def _own(name: str) -> Any:
-    """The object at ``module:attribute``; ValueError says what stands in the way, and where."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script does not search the folder that it runs in
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ValueError(
-                f"cannot load {name!r}: there is no module {error.name!r}, neither in the current folder nor installed"
-            ) from error
-        raise ValueError(f"cannot load {name!r}: its module needs {error.name!r}, which is not installed") from error
-    except Exception as error:  # whatever the module does when it is imported
-        raise ValueError(f"cannot load {name!r}: importing {module} raised {_said(error, module)}") from error
-    if not hasattr(found, attribute):
-        hint = "; did you mean Adapter?" if hasattr(found, "Adapter") else ""
-        raise ValueError(f"cannot load {name!r}: {module} has no attribute {attribute!r}{hint}")
-    target = getattr(found, attribute)
-    if not callable(target):
-        return target
-    try:
-        return target()
-    except Exception as error:
-        raise ValueError(
-            f"cannot load {name!r}: {attribute}() raised {_said(error, module)}. It is called without arguments"
-        ) from error
-
-
-def _said(error: Exception, module: str) -> str:
-    """The error, and the last line of the user's own module that led to it."""
-    spec = importlib.util.find_spec(module)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if spec and frame.filename == spec.origin]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def run(

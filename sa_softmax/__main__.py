@@ -27,6 +27,7 @@ def _app() -> Callable[[], None]:
     from rich.table import Table
 
     from sa_softmax import backends as registry
+    from sa_softmax._bench import add_command as add_bench
     from sa_softmax._onnx import add_commands
 
     title = "Self-Adjust Softmax: backends, conformance, ONNX."
@@ -38,6 +39,7 @@ def _app() -> Callable[[], None]:
         return typer.Exit(2)
 
     add_commands(app, fail)
+    add_bench(app, fail)
 
     @app.command()
     def backends() -> None:

@@ -1,13 +1,12 @@
 """The commands ``export`` and ``check`` of the command line."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from sa_softmax._load import named
 
 __all__ = ["add_commands"]
 
@@ -50,16 +49,7 @@ def add_commands(app: typer.Typer, fail: Callable[[Exception], typer.Exit]) -> N
 
 def _made(name: str) -> tuple[Any, ...]:
     """What ``module:attribute`` gives: a model, its example inputs, and perhaps its dynamic axes."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script does not search the folder that it runs in
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"cannot load {name!r}: {error}. The form is module:attribute, importable from the current folder"
-        ) from error
-    made = make() if callable(make) else make
+    made = named(name)
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise ValueError(
             f"{name} must give (model, args) or (model, args, dynamic), as sa_softmax.onnx_export.export takes them; "

@@ -1,4 +1,4 @@
-"""The demo, piece by piece and as a whole, and the picture of the documentation."""
+"""The demo, piece by piece and as a whole."""
 
 import importlib
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support import VARIANTS, backends, exact, exact_row
+from support import VARIANTS, backends
 
 from sa_softmax import reference
 from sa_softmax.backends import REGISTRY, Entry
@@ -328,55 +328,6 @@ def test_arguments_that_make_no_sense(
         demo.main(arguments)
     assert stop.value.code == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
-
-
-# The picture of the documentation.
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    return importlib.import_module("figures")
-
-
-def test_curves_are_the_definitions(figures: ModuleType) -> None:
-    z = np.array([-25.0, -24.0, -20.0, -15.0, -10.0, -5.0, -0.5, 0.0, 0.5, 5.0, 7.0])
-    curves = figures.curves(z)
-    for i, value in enumerate(z):
-        x = list(exact([value, figures.OTHER]))
-        for variant in VARIANTS:
-            row = exact_row(x, variant)
-            y, largest = (curve[i] for curve in curves[variant])
-            np.testing.assert_allclose(y, float(row.y[0]), rtol=1e-14, atol=1e-300)
-            # 1 - p is formed by subtraction: absolute errors of a few roundoffs of the factor's size.
-            factor = abs(value) if variant == "product" else 1
-            expected = max(abs(entry) for entries in row.jacobian for entry in entries)
-            np.testing.assert_allclose(largest, float(expected), rtol=1e-13, atol=4 * 2.0**-53 * factor)
-
-
-def test_what_the_picture_says(figures: ModuleType) -> None:
-    """The formulas of the module's docstring, at the numbers that the picture shows and around them."""
-    lead = np.array([10.0, 20.0, 30.0])
-    curves = figures.curves(figures.OTHER + lead)
-    rare = np.exp(-lead) / (1 + np.exp(-lead))  # 1 - p
-    _, softmax = curves["softmax"]
-    np.testing.assert_allclose(softmax, rare * (1 - rare), rtol=2e-3)
-    z = figures.OTHER + lead
-    _, product = curves["product"]
-    np.testing.assert_allclose(product, (1 - rare) * (1 + z * rare), rtol=1e-13)
-    _, normalized = curves["normalized"]
-    np.testing.assert_allclose(normalized[:2], (1 - rare[:2]) * (1 + lead[:2] * rare[:2]) / 25, rtol=1e-13)
-    assert normalized[2] == pytest.approx(softmax[2], rel=2e-3)
-    assert [f"{value:.2g}" for value in softmax] == ["4.5e-05", "2.1e-09", "9.4e-14"]
-
-
-def test_picture_is_drawn(figures: ModuleType, tmp_path: Path) -> None:
-    figures.main(tmp_path)
-    drawn, kept = tmp_path / "gradient.png", ROOT / "docs" / "gradient.png"
-    for picture in (drawn, kept):
-        assert_png(picture)
-        assert picture.stat().st_size < 120_000
-    assert drawn.read_bytes()[16:24] == kept.read_bytes()[16:24]  # width and height
 
 
 # 6  Deploy

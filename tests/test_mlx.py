@@ -1,6 +1,8 @@
 """The MLX backend on the CPU: the spec's values and derivatives under MLX's function transformations."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,21 @@ from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype
 mx = pytest.importorskip("mlx.core", exc_type=ImportError)
 
 import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optimizers  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 import sa_softmax as top_level  # noqa: E402
 from sa_softmax import reference  # noqa: E402
-from sa_softmax.backends.mlx import sa_attention, sa_softmax  # noqa: E402
+from sa_softmax.backends.mlx import (  # noqa: E402
+    _attention,
+    sa_attention,
+    sa_softmax,
+    scaled_dot_product_attention,
+)
 from sa_softmax.backends.mlx.adapter import Adapter, _to_mlx, _to_numpy  # noqa: E402
-from sa_softmax.backends.mlx.nn import SASoftmax  # noqa: E402
+from sa_softmax.backends.mlx.nn import SAMultiHeadAttention, SASoftmax  # noqa: E402
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "mlx.md").read_text()
 
 NAN, INF = np.nan, np.inf
 
@@ -500,6 +511,212 @@ def test_attention_of_16_bits_computes_in_float32(dtype: str) -> None:
     assert_close(o, expected, size=1e-3, ulps=0.51)
 
 
+# Blocks of queries.
+
+
+@pytest.fixture
+def one_query_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_attention, "_SCORES", 1)
+    monkeypatch.setattr(_attention, "_ROWS", 1)
+
+
+@variants
+@pytest.mark.parametrize("case", ["plain", "bias, mask, causal", "garbage"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.usefixtures("one_query_a_block")
+def test_blocks_have_all_derivatives(way: str, case: str, variant: str) -> None:
+    q, k = (mx.zeros((2, 4, 3, 4)),) * 2
+    assert len(_attention._blocks(q, k)) == 3
+    test_attention_and_its_derivatives(way, case, variant)
+
+
+@variants
+@pytest.mark.usefixtures("one_query_a_block")
+def test_blocks_have_second_derivatives(variant: str) -> None:
+    test_attention_second_derivatives(variant)
+
+
+@pytest.mark.usefixtures("one_query_a_block")
+def test_blocks_at_all_offsets_and_sizes() -> None:
+    test_attention_offsets_and_sizes()
+
+
+def test_blocks_cover_the_queries_and_keep_to_their_number_of_scores() -> None:
+    for shape, keys in (
+        ((2, 3, 5000, 1), 4096),
+        ((1, 2**20, 1), 2**18),
+        ((1, 7, 1), 3),
+        ((0, 9, 1), 3),
+        ((1, 0, 1), 3),
+    ):
+        blocks = _attention._blocks(mx.zeros(shape), mx.zeros((*shape[:-2], keys, 1)))
+        assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(shape[-2]))
+        assert all(b.stop - b.start <= max(32, 2**20 // max(1, np.prod(shape[:-2]) * keys)) for b in blocks)
+
+
+def peak(f: Function, *arrays: Any) -> float:
+    """MiB that f takes at most, beside its arguments."""
+    mx.eval(arrays)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(f(*arrays))
+    return (mx.get_peak_memory() - before) / 2**20
+
+
+@pytest.mark.parametrize("way", ["forward", "grad", "compile", "grad of vmap", "jvp"])
+def test_memory_grows_linearly(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of 2^16 scores, a quarter of a MiB an array; all of the scores would be 4 and 64 MiB an array."""
+    monkeypatch.setattr(_attention, "_SCORES", 2**16)
+
+    def f(q: Any, k: Any, v: Any) -> Any:
+        return sa_attention(q, k, v, is_causal=True)
+
+    def gradient(f: Function) -> Function:
+        return mx.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))
+
+    run = {
+        "forward": f,
+        "grad": gradient(f),
+        "compile": mx.compile(f),
+        "grad of vmap": gradient(mx.vmap(f)),
+        "jvp": lambda *x: mx.jvp(f, x, x)[1],
+    }[way]
+    short, long = (peak(run, *[mx.random.normal((1, 1, T, 8)) for _ in range(3)]) for T in (1024, 4096))
+    assert long < 4 * short
+    assert long < 16
+
+
+# MLX's own conventions.
+
+
+def additive(mask: Array, low: float, dtype: str = "float32") -> Any:
+    return mx.array(np.where(mask, 0, low), getattr(mx, dtype))
+
+
+@variants
+def test_scaled_dot_product_attention_takes_every_form_of_mask(variant: str) -> None:
+    q, k, v = randn(2, 4, 3, 4), randn(2, 2, 5, 4, seed=1), randn(2, 2, 5, 6, seed=2)
+    options: dict[str, Any] = {"variant": variant, "scale": 0.3}
+    arrays, wides = to_mlx(q, k, v), [wide(x) for x in (q, k, v)]
+
+    def f(mask: Any) -> Any:
+        return scaled_dot_product_attention(*arrays, mask=mask, **options)
+
+    assert_close(f(None), reference.sa_attention(*wides, **options))
+    mask = np.arange(5) <= np.arange(3)[:, None] + 2
+    expected = reference.sa_attention(*wides, mask=mask, **options)
+    low = {dtype: mx.finfo(getattr(mx, dtype)).min for dtype in FLOATS}
+    masks = [additive(mask, low[dtype], dtype) for dtype in FLOATS] + [additive(mask, low["float32"] / 2)]
+    for form in ("causal", mx.array(mask), additive(mask, -INF), *masks):
+        assert_close(f(form), expected)
+    # Every other number is bias, and has a gradient.
+    bias = np.where(mask, randn(4, 3, 5, seed=3), -INF).astype(np.float32)
+    finite = np.where(mask, bias, 0)
+    assert_close(f(mx.array(bias)), reference.sa_attention(*wides, bias=wide(finite), mask=mask, **options))
+    do = randn(2, 4, 3, 6, seed=4)
+    dbias = reference.sa_attention_vjp(*wides, wide(do), bias=wide(finite), mask=mask, **options)[3]
+    assert_close(mx.vjp(f, to_mlx(bias), to_mlx(do))[1][0], dbias, size=16)
+    half = scaled_dot_product_attention(*(x.astype(mx.float16) for x in arrays), mask=mx.array(finite), **options)
+    assert half.dtype == mx.float16
+    # -1e9 is the bias that the docstring says it is: plain softmax, under normalized, where a query has such a key.
+    if variant == "normalized":
+        softmax = mx.fast.scaled_dot_product_attention(*arrays, scale=0.3, mask=mx.array(mask))
+        assert_close(f(additive(mask, -1e9))[..., :2, :], wide(np.array(softmax))[..., :2, :], ulps=16)
+
+
+def test_causal_is_aligned_as_in_mlx() -> None:
+    """Values that tell which keys a query sees: softmax and product of equal scores see the same ones."""
+    for Tq, Tk in ((2, 4), (4, 4), (4, 2)):
+        q, k, v = mx.ones((1, 1, Tq, 1)), mx.ones((1, 1, Tk, 1)), mx.eye(Tk)[None, None]
+        ours = scaled_dot_product_attention(q, k, v, scale=1.0, mask="causal", variant="product")
+        theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask="causal")
+        seen = np.array(theirs)[0, 0, max(Tq - Tk, 0) :] > 0  # queries before all keys are undefined there
+        assert ((np.array(ours)[0, 0, max(Tq - Tk, 0) :] > 0) == seen).all()
+        assert not np.array(ours)[0, 0, : max(Tq - Tk, 0)].any()
+
+
+def test_scaled_dot_product_attention_refuses() -> None:
+    q = mx.ones((1, 1, 2, 2))
+    call = lambda **options: scaled_dot_product_attention(q, q, q, scale=1.0, **options)  # noqa: E731
+    with pytest.raises(ValueError, match="does not define attention sinks"):
+        call(sinks=mx.zeros(1))
+    with pytest.raises(ValueError, match="'causal'; got 'full'"):
+        call(mask="full")
+    with pytest.raises(TypeError, match=r"mask must be boolean.*got int32"):
+        call(mask=mx.ones((2, 2), mx.int32))
+    with pytest.raises(TypeError, match="mask must be an array of the same framework"):
+        call(mask=np.zeros((2, 2), np.float32))
+    for mask in (mx.zeros((3, 2)), mx.ones((3, 2), mx.bool_)):
+        with pytest.raises(ValueError, match="mask must broadcast"):
+            call(mask=mask)
+    with pytest.raises(TypeError, match="q must have a floating dtype"):
+        scaled_dot_product_attention(*[q.astype(mx.int32)] * 3, scale=1.0, mask=mx.zeros((2, 2)))
+
+
+@variants
+def test_multi_head_attention(variant: str) -> None:
+    """Weights of MLX's module load; the result is the reference's between the projections, under each form of mask."""
+    sizes = (8, 2, 6, 5, 7, 4, 10)
+    theirs, module = nn.MultiHeadAttention(*sizes, bias=True), SAMultiHeadAttention(*sizes, bias=True, variant=variant)
+    module.load_weights(tree_flatten(theirs.parameters()))
+    x, y, z = to_mlx(randn(2, 3, 6), randn(2, 3, 5, seed=1), randn(2, 3, 7, seed=2))
+    heads = [
+        wide(np.array(projection(array))).reshape(2, 3, 2, -1).transpose(0, 2, 1, 3)
+        for projection, array in ((theirs.query_proj, x), (theirs.key_proj, y), (theirs.value_proj, z))
+    ]
+    for mask, options in (
+        (None, {}),
+        ("causal", {"is_causal": True}),
+        (SAMultiHeadAttention.create_additive_causal_mask(3), {"is_causal": True}),
+        (SAMultiHeadAttention.create_additive_causal_mask(3, mx.bfloat16), {"is_causal": True}),
+    ):
+        o = reference.sa_attention(*heads, **options, variant=variant).transpose(0, 2, 1, 3).reshape(2, 3, 4)
+        expected = o @ wide(np.array(theirs.out_proj.weight)).T + wide(np.array(theirs.out_proj.bias))
+        assert_close(module(x, y, z, mask), expected, ulps=16)
+    theirs.load_weights(tree_flatten(module.parameters()))
+    assert SAMultiHeadAttention(4, 2).variant == "normalized"
+
+
+def test_multi_head_attention_trains() -> None:
+    mx.random.seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    layer.attention = SAMultiHeadAttention(8, 2)
+    x, mask = mx.random.normal((4, 5, 8)), nn.MultiHeadAttention.create_additive_causal_mask(5)
+    optimizer = optimizers.Adam(1e-2)
+    loss_and_gradients = nn.value_and_grad(layer, lambda x: ((layer(x, mask) - mx.sin(x)) ** 2).mean())
+    losses = []
+    for _ in range(20):
+        loss, gradients = loss_and_gradients(x)
+        optimizer.update(layer, gradients)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_multi_head_attention_warns_once_of_what_cannot_learn() -> None:
+    def zeroed(**options: Any) -> Any:
+        module = SAMultiHeadAttention(4, 2, **options)
+        module.key_proj.weight = mx.zeros((4, 4))
+        return module
+
+    x = mx.ones((1, 3, 4))
+    run = nn.value_and_grad(module := zeroed(), lambda x: module(x, x, x).sum())
+    with pytest.warns(UserWarning, match=r"every key of SAMultiHeadAttention is exactly 0.*variant='product'"):
+        _, gradients = run(x)
+    assert not gradients["query_proj"]["weight"].any()
+    assert not gradients["key_proj"]["weight"].any()
+    run(x)
+    other = zeroed(variant="product")
+    other(x, x, x)
+    other = zeroed()
+    other.eval()
+    other(x, x, x)
+    other = zeroed()
+    mx.compile(lambda x: other(x, x, x))(x)  # no value can be seen there
+    with pytest.warns(UserWarning, match="every key"):
+        other(x, x, x)
+
+
 # The adapter.
 
 
@@ -531,3 +748,14 @@ def test_adapter_honours_the_device() -> None:
     options = {"axis": 0, "variant": "product", "where": None}
     with pytest.raises(KeyError):
         adapter.sa_softmax(randn(3), **options, device="tpu")
+
+
+# The guide.
+
+
+def test_the_code_of_the_guide_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["peak"] < 128
+    assert names["o"].shape == names["x"].shape

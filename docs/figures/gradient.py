@@ -1,4 +1,4 @@
-"""Draws docs/gradient.png from the reference:  python docs/figures.py [FOLDER]
+"""One score grows: values, and where the gradient goes.
 
 The row is x = (z, -25), so that z leads by s = z + 25; p = 1 / (1 + exp(-s)) is the softmax of z. For z > -25:
 
@@ -8,39 +8,16 @@ The row is x = (z, -25), so that z leads by s = z + 25; p = 1 / (1 + exp(-s)) is
 - normalized, z > 0: the largest score has the factor 1, so y = p and dy/dz = p (1 - p): softmax's own.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from operations import COLORS, OPERATIONS, Array
 
-from sa_softmax import reference
+__all__ = ["OTHER", "curves", "gradient", "jacobians"]
 
 OTHER = -25.0
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def _softmax(x: Array) -> Array:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def _softmax_vjp(x: Array, g: Array) -> Array:
-    p = _softmax(x)
-    return p * (g - (g * p).sum(-1, keepdims=True))
-
-
-Operation = tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]
-OPERATIONS: dict[str, Operation] = {
-    "softmax": (_softmax, _softmax_vjp),
-    "normalized": (reference.sa_softmax, reference.sa_softmax_vjp),
-    "product": (
-        lambda x: reference.sa_softmax(x, variant="product"),
-        lambda x, g: reference.sa_softmax_vjp(x, g, variant="product"),
-    ),
-}
 
 
 def curves(z: Array) -> dict[str, tuple[Array, Array]]:
@@ -57,7 +34,6 @@ def gradient(path: Path) -> None:
     below, above = np.linspace(OTHER, 0, 400), np.linspace(1e-9, 7, 120)
     z = np.concatenate([below, above])
     values = curves(z)
-    colors = {"softmax": "0.25", "normalized": "#0a6ebd", "product": "#d1570c"}
     styles = {"softmax": (0, (4, 2)), "normalized": "-", "product": "-"}
 
     figure = Figure(figsize=(9, 3.9), layout="constrained", facecolor="white")
@@ -65,7 +41,7 @@ def gradient(path: Path) -> None:
     top, bottom = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     right = figure.add_subplot(grid[:, 1])
     for name, (y, largest) in values.items():
-        style: dict[str, Any] = {"color": colors[name], "linestyle": styles[name], "linewidth": 2, "label": name}
+        style: dict[str, Any] = {"color": COLORS[name], "linestyle": styles[name], "linewidth": 2, "label": name}
         if name == "softmax":
             style["zorder"] = 3
         (bottom if name == "product" else top).plot(z, y, **style)
@@ -92,17 +68,30 @@ def gradient(path: Path) -> None:
         for name, (_, (largest,)) in curves(np.array([point])).items():
             if point > 0 and name == "normalized":
                 continue  # softmax's own number
-            right.plot(point, largest, "o", color=colors[name], markersize=4, zorder=4)
+            right.plot(point, largest, "o", color=COLORS[name], markersize=4, zorder=4)
             right.annotate(
                 f"{largest:.2g}", (point, largest), xytext=(4, 5), textcoords="offset points", fontsize=8,
-                color=colors[name],
+                color=COLORS[name],
             )  # fmt: skip
     figure.savefig(path, dpi=140)
 
 
-def main(folder: Path) -> None:
-    gradient(folder / "gradient.png")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+def jacobians(path: Path) -> None:
+    """Draw |dy_j / dx_k| of one row of eight scores below 0, while its largest moves away from the others."""
+    others = np.array([-23.0, -21.0, -19.5, -19.0, -18.5, -18.0, -17.5])
+    leads = (0.5, 5.0, 15.0)
+    figure = Figure(figsize=(9, 7.6), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(OPERATIONS), len(leads), sharex=True, sharey=True)
+    for column, lead in enumerate(leads):
+        x = np.append(others, others.max() + lead)
+        for row, (name, (_, vjp)) in enumerate(OPERATIONS.items()):
+            jacobian = np.abs(np.stack([vjp(x, e) for e in np.eye(len(x))]))
+            axes = grid[row, column]
+            image = axes.imshow(np.log10(np.maximum(jacobian, 1e-8)), vmin=-8, vmax=0.5, cmap="viridis")
+            axes.set_title(f"{name}, lead {lead:g}: at most {jacobian.max():.2g}", fontsize=9)
+            axes.tick_params(labelsize=7)
+    grid[-1, 1].set_xlabel("k, by rising score", fontsize=9)
+    grid[1, 0].set_ylabel("j", fontsize=9)
+    bar = figure.colorbar(image, ax=grid, shrink=0.6)
+    bar.set_label(r"$\log_{10} |\partial y_j / \partial x_k|$", fontsize=9)
+    figure.savefig(path, dpi=110)

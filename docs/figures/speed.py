@@ -1,0 +1,77 @@
+"""Attention against length: time and memory, forward with backward, on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from sa_softmax.backends.torch import _attention, implementation, sa_attention
+from sa_softmax.benchmarks.attention import inputs
+from sa_softmax.benchmarks.measure import interleave
+from sa_softmax.benchmarks.shapes import AttentionShape
+from sa_softmax.benchmarks.suite import machine
+
+__all__ = ["LENGTHS", "speed"]
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+_COLORS = {"softmax: SDPA": "0.25", "normalized": "#0a6ebd", "normalized, PyTorch's own operators": "#7fb2dc"}
+
+
+def _times(length: int) -> dict[str, float]:
+    """Median milliseconds of each candidate."""
+    q, k, v, do = inputs(AttentionShape(1, 8, length, 64), torch.float32, "cpu")
+    attends = {
+        "softmax: SDPA": torch.nn.functional.scaled_dot_product_attention,
+        "normalized": sa_attention,
+        "normalized, PyTorch's own operators": lambda q, k, v: _attention.compose(
+            q, k, v, None, None, None, q.shape[-1] ** -0.5, "normalized"
+        ),
+    }
+    calls = {
+        name: lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), do)
+        for name, attend in attends.items()
+    }
+    times = interleave(calls, 5 if length < 2048 else 3)
+    return {name: 1e3 * sorted(each)[len(each) // 2] for name, each in times.items()}
+
+
+def _mebibytes(length: int) -> dict[str, float]:
+    found = {}
+    for name, candidate, environment in (
+        ("softmax: SDPA", "SDPA", {}),
+        ("normalized", "normalized", {}),
+        ("normalized, PyTorch's own operators", "normalized", {"SA_SOFTMAX_IMPLEMENTATION": "composition"}),
+    ):
+        command = [sys.executable, "-m", "sa_softmax.benchmarks.memory", candidate, "forward + backward", "cpu"]
+        done = subprocess.run(
+            [*command, str(length)], check=True, capture_output=True, text=True, env=os.environ | environment
+        )
+        found[name] = max(float(done.stdout), 0.1)
+    return found
+
+
+def speed(path: Path) -> None:
+    figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    for axes, measured, title in (
+        (left, [_times(length) for length in LENGTHS], "milliseconds, 8 heads of 64, float32"),
+        (right, [_mebibytes(length) for length in LENGTHS], "MiB at the peak, 2 heads of 64, float32"),
+    ):
+        for name, color in _COLORS.items():
+            axes.loglog(LENGTHS, [each[name] for each in measured], marker="o", color=color, label=name)
+        axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+        axes.minorticks_off()
+        axes.set_xlabel("length")
+        axes.set_title(title, fontsize=10)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    about = machine("cpu")
+    figure.suptitle(
+        f"attention, forward + backward: {about['hardware']}, {about['threads']} threads, {implementation('cpu')}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
