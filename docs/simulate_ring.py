@@ -1,8 +1,8 @@
 """When does the ring's communication hide behind its compute?  python docs/simulate_ring.py [FOLDER]
 
-Prints the tables of docs/distributed.md and draws docs/ring.png. The model: N devices hold T / N queries and keys each.
-In each of the N steps of a pass a device computes its queries against the keys at hand, of which a zig-zag causal mask
-leaves half, while the next keys arrive:
+Prints the tables of docs/distributed.md and draws docs/pictures/ring.png. The model: N devices hold T / N queries and
+keys each. In each of the N steps of a pass a device computes its queries against the keys at hand, of which a zig-zag
+causal mask leaves half, while the next keys arrive:
 
     compute(step) = flops(step) / rate        flops(step) = Hq (T / N)^2 / 2 * (4 D forward, 10 D backward)
     link(step)    = bytes(step) / bandwidth + latency
@@ -32,7 +32,7 @@ class Device(NamedTuple):
 # An assumption, not a measurement: FlashAttention-3's published rates at D = 128 and T = 16k, and a forward pass of the
 # normalized variant that takes 1.33 times as long, for its third matrix product. Backward has the same five.
 H100 = Device("H100, assumed", 648e12 / 1.33, 561e12)
-# Measured by benchmarks/distributed.py, one device, float32, for one core of the machine that made the tables.
+# Measured by docs/measure_ring.py, one device, float32, for one core of the machine that made the tables.
 CPU = Device("one CPU core, measured", 24.9e9, 23.6e9)
 
 # Bytes per second and direction, as published; nothing here was measured.
@@ -123,4 +123,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures")

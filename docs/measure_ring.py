@@ -1,4 +1,4 @@
-"""Processor time and memory of ring attention against the number of devices:  python benchmarks/distributed.py
+"""Processor time and memory of ring attention against the number of devices:  python docs/measure_ring.py
 
 Prints the table of docs/distributed.md. All devices share the cores of the machine, so what is told is the processor
 time of all devices together: it would stay the same if the ring were free. Memory is XLA's own account of one device:
