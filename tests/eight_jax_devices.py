@@ -121,6 +121,26 @@ def test_keys_and_scores_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert temporary[2] < 0.6 * temporary[1], temporary
 
 
+def test_batch_and_heads_sharded_over_other_axes_of_the_mesh() -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "model", "sequence"))
+    place = NamedSharding(mesh, PartitionSpec("data", "model", "sequence", None))
+    q, k, v, do = (randn(2, h, 8, 4, seed=h + i) for i, h in enumerate((4, 2, 2, 4)))
+    bias = randn(4, 8, 8, seed=9)
+
+    @jax.jit
+    def f(*qkvb: jax.Array) -> jax.Array:
+        return ring_attention(*qkvb[:3], bias=qkvb[3], mesh=mesh, axis_name="sequence", is_causal=True)
+
+    o, vjp = jax.vjp(f, *(jax.device_put(x, place) for x in (q, k, v)), jnp.asarray(bias))
+    assert o.sharding.is_equivalent_to(place, 4)
+    wide = [x.astype(float) for x in (q, k, v)]
+    options: dict[str, Any] = {"bias": bias.astype(float), "is_causal": True}
+    np.testing.assert_allclose(o, reference.sa_attention(*wide, **options), rtol=0, atol=2e-6)
+    expected = reference.sa_attention_vjp(*wide, do.astype(float), **options)
+    for got, due in zip(vjp(jnp.asarray(do)), expected, strict=True):
+        np.testing.assert_allclose(got, due, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("n", "tk"), [(8, 21), (2, 16)])
 def test_decode(variant: str, n: int, tk: int) -> None:
