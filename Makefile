@@ -4,13 +4,26 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 NATIVE := $(shell find backends/native -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.t[ox][mt]*' \))
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test bench docs figures experiment fuzz lint clean
 
 demo: .venv/ready  ## train a small model with SA attention, compare the backends on its scores
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready lint  ## all tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+bench: .venv/ready  ## the kernels against named peers, on this machine
+	$(BIN)/sa-softmax bench --report bench.json --plot bench.png
+
+docs: .venv/ready  ## the documentation site, in docs/_build/html; warnings are errors
+	$(PIP) sphinx furo myst-parser
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+
+figures: .venv/ready  ## the pictures of the documentation: some minutes
+	$(BIN)/python docs/figures
+
+experiment: .venv/ready  ## the paper's claims, measured: softmax, product and normalized attention side by side
+	$(BIN)/python examples/experiment
 
 fuzz: .venv/ready  ## random calls of the kernels, under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PIP) cmake ninja
@@ -34,4 +47,4 @@ lint: .venv/ready
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf backends/native/build tests/clients/node_modules examples/browser/node_modules
+	rm -rf backends/native/build docs/_build tests/clients/node_modules examples/browser/node_modules

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Clock", "Figure", "interleave", "ratios", "wall"]
+__all__ = ["Clock", "Figure", "cuda", "interleave", "ratios", "wall"]
 
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]

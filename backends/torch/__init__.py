@@ -5,10 +5,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax, check_varlen
 from sa_softmax.backends._native import native
+<<<<<<< HEAD
 from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton, _varlen
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
 
@@ -23,6 +24,12 @@ __all__ = [
     "sa_softmax",
     "varlen_sa_attention",
 ]
+=======
+from sa_softmax.backends.torch import _attention, _export, _kernels, _row
+from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
+
+__all__ = ["SAMultiheadAttention", "SASoftmax", "convert_module", "implementation", "sa_attention", "sa_softmax"]
+>>>>>>> main
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
@@ -138,6 +145,7 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
+<<<<<<< HEAD
     return _way(_attention, q, k, v, bias, mask).sa_attention(
         q, k, v, bias, mask, q_offset if is_causal else None, scale, variant
     )
@@ -261,3 +269,7 @@ class SASoftmax(nn.Module):
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, variant={self.variant!r}"
+=======
+    sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
+    return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
+>>>>>>> main

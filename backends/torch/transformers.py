@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from sa_softmax.backends.torch import sa_attention, sa_softmax
+from sa_softmax.backends.torch import sa_attention
+from sa_softmax.backends.torch._integration import participation, warn_of_zeros, weights
 
 __all__ = ["IMPLEMENTATIONS", "Change", "WithPast", "convert", "register"]
 
@@ -287,6 +288,10 @@ def _attend(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     for name, what in _REFUSED.items():
@@ -311,11 +316,14 @@ def _attend(
             )
         # Transformers' meaning of None: upper-left causal, except that a single query, decoding, sees every key.
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[-2] > 1
+    packing = _packing(query, key, position_ids, use_cache, cu_seq_lens_q, cu_seq_lens_k)
+    if packing is not None:
+        mask = packing if mask is None else mask & packing
     if variant == "normalized" and module.training and bias is None:
-        _warn_of_zeros(module, query, key)
-    out = sa_attention(query, key, value, variant=variant, bias=bias, mask=mask, is_causal=bool(causal), scale=scaling)
-    weights = _weights(query, key, mask, bias, bool(causal), scaling, variant) if output_attentions else None
-    return out.transpose(1, 2).contiguous(), weights
+        warn_of_zeros(module, query, key, "'sa_softmax_product'")
+    out = sa_attention(query, key, value, variant=variant, bias=bias, mask=mask, is_causal=causal, scale=scaling)
+    y = weights(query, key, bias, mask, causal, scaling, variant) if output_attentions else None
+    return out.transpose(1, 2).contiguous(), y
 
 
 def _participation(
@@ -329,57 +337,49 @@ def _participation(
             continue
         if given.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, queries, keys] in attention; got {tuple(given.shape)}")
-        if given.is_floating_point():
-            # An addition may have pushed finfo.min to -inf, or somewhat up; no bias of a working model is near it.
-            excluded = given <= torch.finfo(given.dtype).min / 2
-            keep = ~excluded
-            added = given.masked_fill(excluded, 0).to(torch.promote_types(dtype, torch.float32))
-            bias = added if bias is None else bias + added
-        elif given.dtype == torch.bool:
-            keep = given
-        else:
-            raise TypeError(
-                f"{name} must be boolean, True where a key participates, or floating, to be added to the scores; "
-                f"got {given.dtype}. If it holds 0 and 1, compare it: mask != 0"
-            )
+        keep, added = participation(given, name, dtype)
         mask = keep if mask is None else mask & keep
+        if added is not None:
+            bias = added if bias is None else bias + added
     return mask, bias
 
 
-def _weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None,
-    causal: bool, scaling: float | None, variant: str,
-) -> Tensor:  # fmt: skip
-    """Y [B, Hq, Q, K] in the dtype of the query."""
-    c = torch.promote_types(query.dtype, torch.float32)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    x = (query.to(c) * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.to(c).mT
-    if causal:
-        mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
-    return sa_softmax(x if bias is None else x + bias, variant=variant, where=mask).to(query.dtype)
+def _packing(
+    query: Tensor, key: Tensor, position_ids: Tensor | None, use_cache: bool | None,
+    cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """True where query and key are of one of the sequences packed in a row; None where the mask says so, or nothing is.
 
-
-_SEEN: WeakSet[nn.Module] = WeakSet()
-
-
-def _warn_of_zeros(module: nn.Module, query: Tensor, key: Tensor) -> None:
-    """Warn of a model that cannot start to learn, once per module: reading values stalls a device."""
-    if torch.compiler.is_compiling() or module in _SEEN or not (_readable(query) and _readable(key)):
-        return
-    _SEEN.add(module)
-    for name, x in (("query", query), ("key", key)):
-        if x.numel() > 0 and not x.any():
-            warnings.warn(
-                f"every {name} of {type(module).__name__} is exactly 0, as after a projection that starts at zero. "
-                "Under the normalized variant the gradient of scores that are all 0 is 0 (docs/spec.md, G5), so this "
-                "attention will not learn. Initialise the projection at random, or choose 'sa_softmax_product'",
-                stacklevel=2,
+    Boundaries come as cumulative lengths, or as positions that start again: that fall, or, after a sequence of one
+    token, are the first once more. (The tokens of an image may share a position.) Without a cache Transformers reads
+    them into the mask; with one, which models make whenever ``config.use_cache`` says so, it does not.
+    """
+    queries, keys = query.shape[-2], key.shape[-2]
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        if cu_seq_lens_q is None or cu_seq_lens_k is None or len(query) > 1:
+            raise ValueError(
+                "packed sequences must come in one row, with both cu_seq_lens_q and cu_seq_lens_k; got a batch of "
+                f"{len(query)}, cu_seq_lens_q {_shape(cu_seq_lens_q)}, cu_seq_lens_k {_shape(cu_seq_lens_k)}"
             )
+        of_query, of_key = _sequence(cu_seq_lens_q, queries), _sequence(cu_seq_lens_k, keys)
+        return (of_query.unsqueeze(-1) == of_key)[None, None]
+    if not use_cache or position_ids is None or position_ids.ndim != 2 or torch.compiler.is_exporting():
+        return None
+    if queries != keys or queries == 1:
+        return None  # decoding, or a cache that was filled before
+    step, first = position_ids.diff(dim=-1), position_ids[:, 1:] == position_ids[:, :1]
+    sequence = F.pad(((step < 0) | (step == 0) & first).cumsum(-1), (1, 0))
+    return (sequence.unsqueeze(-1) == sequence.unsqueeze(-2)).unsqueeze(1)
 
 
-def _readable(x: Tensor) -> bool:
-    plain = type(x) is Tensor and not x.is_meta
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _sequence(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """The number of the sequence that each of ``length`` tokens is part of."""
+    tokens = torch.arange(length, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+    return torch.searchsorted(cu_seq_lens[1:], tokens, right=True)
+
+
+def _shape(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else tuple(x.shape)
 
 
 # What registration adds to the classes of Transformers.
