@@ -18,7 +18,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from sa_softmax.backends.jax.distributed import ring_attention, zigzag  # noqa: E402
+from sa_softmax.backends.jax.distributed import ring_attention  # noqa: E402
+from sa_softmax.backends.zigzag import zigzag  # noqa: E402
 
 HEADS, KV_HEADS, D = 4, 2, 64
 TIMED, LONG = 4096, 2**20  # tokens

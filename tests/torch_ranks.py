@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from sa_softmax import reference
 from sa_softmax.backends.torch import distributed
-from sa_softmax.backends.torch.distributed import decode, from_zigzag, ring_attention, to_zigzag, zigzag
+from sa_softmax.backends.torch.distributed import decode, from_zigzag, ring_attention, to_zigzag
+from sa_softmax.backends.zigzag import zigzag
 
 BLOCK = distributed.BLOCK
 TIMEOUT = 4  # seconds, of the groups whose ranks fail

@@ -34,7 +34,7 @@ from sa_softmax.backends.jax._state import (
 )
 from sa_softmax.backends.zigzag import zigzag
 
-__all__ = ["decode", "from_zigzag", "ring_attention", "to_zigzag", "zigzag"]
+__all__ = ["decode", "from_zigzag", "ring_attention", "to_zigzag"]
 
 BLOCK = 512  # queries and keys of a tile, at most
 BiasFunction = Callable[[jax.Array, jax.Array], jax.Array]
@@ -75,7 +75,8 @@ def ring_attention(
             of padding keys is (..., 1, 1, Tk).
         is_causal: a query sees the keys whose position is not after its own.
         positions: (T,) integers, the place in the sequence of each query and key, or a pair (of queries (Tq,), of keys
-            (Tk,)). 0, 1, 2, ... by default. Give those of :func:`zigzag` to balance a causal mask.
+            (Tk,)). 0, 1, 2, ... by default. Give those of
+            :func:`sa_softmax.backends.zigzag.zigzag` to balance a causal mask.
         scale: factor of the scores, 1/sqrt(D) by default.
 
     Returns:
@@ -162,7 +163,7 @@ def decode(
 
 
 def to_zigzag(x: jax.Array, devices: int, axis: int = -2) -> jax.Array:
-    """``x`` with its sequence axis in the order of :func:`zigzag`: sharded evenly, each device gets its two chunks.
+    """``x`` with its sequence axis in zig-zag order: sharded evenly, each device gets its two chunks.
 
     Moving a sharded array moves most of it over the links: permute the tokens, before the first layer, not each layer's
     queries. The positions in that order are ``to_zigzag(jnp.arange(T), devices, 0)``.

@@ -9,27 +9,23 @@ from torch import Tensor
 
 from sa_softmax._validate import ArrayKind, check_attention, check_softmax, check_varlen
 from sa_softmax.backends._native import native
-<<<<<<< HEAD
 from sa_softmax.backends.torch import _attention, _export, _kernels, _row, _state, _triton, _varlen
 from sa_softmax.backends.torch._state import AttentionState, attention_from_state, merge_states
+from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
 
 __all__ = [
     "AttentionState",
+    "SAMultiheadAttention",
     "SASoftmax",
     "attention_from_state",
     "attention_state",
+    "convert_module",
     "implementation",
     "merge_states",
     "sa_attention",
     "sa_softmax",
     "varlen_sa_attention",
 ]
-=======
-from sa_softmax.backends.torch import _attention, _export, _kernels, _row
-from sa_softmax.backends.torch.modules import SAMultiheadAttention, SASoftmax, convert_module
-
-__all__ = ["SAMultiheadAttention", "SASoftmax", "convert_module", "implementation", "sa_attention", "sa_softmax"]
->>>>>>> main
 
 _TORCH = ArrayKind(Tensor, "torch.as_tensor", device=lambda x: x.device, integers=(int, torch.SymInt))
 
@@ -145,7 +141,6 @@ def sa_attention(
         q_offset=q_offset,
         scale=scale,
     )
-<<<<<<< HEAD
     return _way(_attention, q, k, v, bias, mask).sa_attention(
         q, k, v, bias, mask, q_offset if is_causal else None, scale, variant
     )
@@ -241,35 +236,3 @@ def varlen_sa_attention(
         _TORCH, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, variant=variant, scale=scale, window_size=window_size
     )
     return _varlen.varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *window_size, scale, variant)
-
-
-class SASoftmax(nn.Module):
-    """:func:`sa_softmax` as a module, in the place of ``nn.Softmax``.
-
-    The gradient of a row of zeros is 0 by convention under ``normalized`` (G5), because it grows like 1/R as the row
-    approaches zero and has no finite limit. A model whose query or key projection starts at exactly zero, as some
-    initialisation schemes have it, therefore stays dead: start it elsewhere, or use ``product``. The module does not
-    warn of such rows: it would have to read values, which stalls a device and cannot be traced.
-
-    Args:
-        axis: the axis whose slices are the rows.
-        variant: "normalized" or "product".
-
-    Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
-    """
-
-    def __init__(self, axis: int = -1, variant: str = "normalized") -> None:
-        super().__init__()
-        self.axis = axis
-        self.variant = variant
-
-    def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """Arguments, result and errors as in :func:`sa_softmax`."""
-        return sa_softmax(x, axis=self.axis, variant=self.variant, where=where)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, variant={self.variant!r}"
-=======
-    sa_attention = (_export if torch.compiler.is_exporting() else _attention).sa_attention
-    return sa_attention(q, k, v, bias, mask, q_offset if is_causal else None, scale, variant)
->>>>>>> main

@@ -36,7 +36,7 @@ from sa_softmax.backends.torch._state import (
 )
 from sa_softmax.backends.zigzag import zigzag
 
-__all__ = ["decode", "from_zigzag", "ring_attention", "to_zigzag", "zigzag"]
+__all__ = ["decode", "from_zigzag", "ring_attention", "to_zigzag"]
 
 BLOCK = 512  # queries and keys of a tile, at most
 BiasFunction = Callable[[Tensor, Tensor], Tensor]
@@ -77,8 +77,8 @@ def ring_attention(
             (..., 1, 1, Tk).
         is_causal: a query sees the keys whose position is not after its own.
         positions: (T_local,) integers, the place in the sequence of each of this rank's queries and keys, or a pair (of
-            queries, of keys). By default they follow on from rank to rank. Give ``zigzag(T, N)[rank]`` to balance a
-            causal mask.
+            queries, of keys). By default they follow on from rank to rank. Give ``zigzag(T, N)[rank]`` of
+            ``sa_softmax.backends.zigzag`` to balance a causal mask.
         scale: factor of the scores, 1/sqrt(D) by default.
 
     Returns:
@@ -167,7 +167,7 @@ def decode(
 
 
 def to_zigzag(x: Tensor, ranks: int, axis: int = -2) -> Tensor:
-    """``x``, the whole sequence, in the order of :func:`zigzag`: the first ``len(zigzag(T, N)[0])`` are rank 0's."""
+    """``x``, the whole sequence, in zig-zag order: the first ``len(zigzag(T, N)[0])`` are rank 0's."""
     return x.index_select(axis, torch.as_tensor(np.concatenate(zigzag(x.shape[axis], ranks)), device=x.device))
 
 
