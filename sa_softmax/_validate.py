@@ -159,6 +159,23 @@ def check_window(window: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
+def check_positions(kind: ArrayKind, positions: Any, tq: int, tk: int) -> None:
+    """Check the positions of queries and keys: None, one array for both, or a pair of an array or None."""
+    pair = positions if isinstance(positions, tuple) else (positions, positions)
+    if len(pair) != 2:
+        raise ValueError(f"positions must be one array, or a pair (of queries, of keys); got {len(pair)}")
+    for of, array, length in zip(("queries", "keys"), pair, (tq, tk), strict=True):
+        if array is None:
+            continue
+        _check_arrays(kind, positions=array)
+        _check_dtype("positions", array, ("int32", "int64"), "an integer dtype")
+        if tuple(array.shape) != (length,):
+            raise ValueError(
+                f"positions must be one for each of the {length} {of} at hand; got shape {tuple(array.shape)}. "
+                "Pass a pair (of queries, of keys) if they differ"
+            )
+
+
 def check_varlen(
     kind: ArrayKind, q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
     variant: str, scale: float | None, window_size: tuple[int, int],

@@ -3,5 +3,15 @@
 from sa_softmax.backends.jax._attention import implementation, sa_attention
 from sa_softmax.backends.jax._dot_product import dot_product_attention
 from sa_softmax.backends.jax._softmax import sa_softmax
+from sa_softmax.backends.jax._state import AttentionState, attention_from_state, attention_state, merge_states
 
-__all__ = ["dot_product_attention", "implementation", "sa_attention", "sa_softmax"]
+__all__ = [
+    "AttentionState",
+    "attention_from_state",
+    "attention_state",
+    "dot_product_attention",
+    "implementation",
+    "merge_states",
+    "sa_attention",
+    "sa_softmax",
+]

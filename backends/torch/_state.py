@@ -72,18 +72,22 @@ def compose(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
 ) -> AttentionState:
     with _attention._no_autocast(q.device):
-        s = _attention._scores(q, k, v, bias, mask, offset, scale)
-        if k.shape[-2] == 0:
-            m, lo = (s.z.new_full((*s.z.shape[:-1], 1), x) for x in (-math.inf, math.inf))
-        else:
-            m = torch.where(s.on, s.z, -math.inf).amax(-1, keepdim=True)
-            lo = torch.where(s.on, s.z, math.inf).amin(-1, keepdim=True)
-        # Selected before exp, because the derivative of what is not selected must be finite, too.
-        shift = torch.where(s.on, s.z - m, 0)
-        e = torch.where(s.on, torch.exp(shift), 0)
-        es = e * torch.where(e == 0, 0, shift)
-        on = _attention._fold(s.on, k)
-        o0, o1 = (_attention._unfold(_attention._weigh(_attention._fold(w, k), on, s.v), q) for w in (e, es))
+        return state_of(_attention._scores(q, k, v, bias, mask, offset, scale), q, k)
+
+
+def state_of(s: _attention._Scores, q: Tensor, k: Tensor) -> AttentionState:
+    """The state of the scores of ``q`` and ``k``."""
+    if k.shape[-2] == 0:
+        m, lo = (s.z.new_full((*s.z.shape[:-1], 1), x) for x in (-math.inf, math.inf))
+    else:
+        m = torch.where(s.on, s.z, -math.inf).amax(-1, keepdim=True)
+        lo = torch.where(s.on, s.z, math.inf).amin(-1, keepdim=True)
+    # Selected before exp, because the derivative of what is not selected must be finite, too.
+    shift = torch.where(s.on, s.z - m, 0)
+    e = torch.where(s.on, torch.exp(shift), 0)
+    es = e * torch.where(e == 0, 0, shift)
+    on = _attention._fold(s.on, k)
+    o0, o1 = (_attention._unfold(_attention._weigh(_attention._fold(w, k), on, s.v), q) for w in (e, es))
     return AttentionState(m, e.sum(-1, keepdim=True), lo, o0, o1)
 
 
