@@ -21,12 +21,12 @@ SCHEMAS = {
     "row": "(Tensor x, Tensor? where, int axis, str variant) -> Tensor",
     "row_vjp": "(Tensor x, Tensor g, Tensor? where, int axis, str variant) -> Tensor",
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, int left, float scale,"
+        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, SymInt left, float scale,"
         " str variant) -> (Tensor o, Tensor stats)"
     ),
     "attention_vjp": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor o, Tensor stats, Tensor do, SymInt? offset,"
-        " int left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
+        " SymInt left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
     ),
     "attention_state": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale)"
