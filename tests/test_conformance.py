@@ -18,7 +18,7 @@ from sa_softmax import __main__ as command_line
 from sa_softmax import reference
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends import Entry
-from sa_softmax.backends.numpy.adapter import Adapter
+from sa_softmax.backends.numpy.adapter import ReferenceAdapter as Adapter
 from sa_softmax.conformance import GoldenDataError, cases, execute, generate, golden, load, oracle, run
 from sa_softmax.conformance.cases import Mismatch, compare
 from sa_softmax.conformance.inputs import LENGTHS, RowInput

@@ -89,7 +89,7 @@ def compose_vjp(
 
 
 class _Attention(Function):
-    """o, and the kernel's stats where its device has kernels of both directions."""
+    """o, and the kernel's stats, which are kept where the kernel of the backward pass reads them."""
 
     generate_vmap_rule = True
 
@@ -105,16 +105,18 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.offset, ctx.left, ctx.scale, ctx.variant = inputs
-        fused = _kernels.supports("attention_vjp", inputs[0], inputs[2])
-        ctx.save_for_backward(*tensors, *(output if fused else (None, None)))
+        reads = _kernels.reads_output(inputs[0], inputs[2])
+        ctx.save_for_backward(*tensors, *(output if reads else (None, None)))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, o, stats = ctx.saved_tensors
         options = ctx.offset, ctx.left, ctx.scale, ctx.variant
-        if o is None:
+        if not _kernels.supports("attention_vjp", q, v):
             gradients = compose_vjp(q, k, v, bias, mask, do, *options)
         else:
+            if o is None:
+                o = stats = q.new_empty(0)
             gradients = _row.apply(_AttentionVjp, _compose_vjp, q, k, v, bias, mask, o, stats, do, *options)
         dq, dk, dv, dbias = gradients
         return dq, dk, dv, dbias if bias is not None else None, *[None] * 5
