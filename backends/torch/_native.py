@@ -48,7 +48,7 @@ def attention(
 def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernel computes the scores again: it reads neither ``o`` nor ``stats``."""
     dtype = q.dtype
     q, k, v, do = _widened(bias, q, k, v, do)
@@ -59,7 +59,7 @@ def attention_vjp(
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
         _array(dq), _array(dk), _array(dv), _optional(dbias), torch.get_num_threads(),
     )  # fmt: skip
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), q.new_empty(0) if dbias is None else dbias
 
 
 def _widened(bias: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
