@@ -9,13 +9,14 @@ j >= i + offset - left only (offset 0 if None). ``stats`` (..., Hq, Tq, 3), in t
 own backward pass needs.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["implementation", "register", "supports"]
+__all__ = ["direct", "implementation", "register", "supports"]
 
 SCHEMAS = {
     "row": "(Tensor x, Tensor? where, int axis, str variant) -> Tensor",
@@ -49,6 +50,7 @@ for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
 
 _IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
@@ -56,6 +58,8 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
     operators = [operator for operator in SCHEMAS if hasattr(kernels, operator)]
     for operator in operators:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
+        if device == "cpu":
+            _FUNCTIONS[operator] = getattr(kernels, operator)
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
 
@@ -73,6 +77,37 @@ def supports(operator: str, x: Tensor, *others: Tensor) -> bool:
     """Whether ``operator`` runs on tensors like ``x``, and v in the case of attention."""
     running = _IMPLEMENTATIONS.get(x.device.type, ("composition", {}))[1].get(operator)
     return running is not None and x.dtype in DTYPES and running(operator, x, *others)
+
+
+def _plain_keys() -> frozenset[int]:
+    """What the dispatcher knows of CPU tensors that are nothing else: no wrapper, no view that is negated lazily."""
+    keys = [torch._C._dispatch_keys(torch.empty(0)).raw_repr()]
+    with torch.inference_mode():
+        keys.append(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+    return frozenset(keys)
+
+
+_PLAIN = _plain_keys()
+
+
+def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
+    """The function behind ``operator``, for eager calls on plain CPU tensors that nothing follows: no derivative, no
+    transformation, no tracer. Through Function and dispatcher a short row takes several times as long."""
+    if torch.compiler.is_compiling() or not supports(operator, x):
+        return None
+    for each in (x, *others):
+        if each is not None and not (
+            torch._C._dispatch_keys(each).raw_repr() in _PLAIN and not (each.requires_grad and torch.is_grad_enabled())
+        ):
+            return None
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    return _FUNCTIONS[operator]
 
 
 # Shapes, for tracing.
