@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 VARIANTS = ("product", "normalized")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -34,12 +36,12 @@ class ArrayKind:
 
 def dtype_name(x: Any) -> str:
     """The dtype's name without its framework's prefix: ``torch.float32`` and ``mlx.core.float32`` are ``float32``."""
-    return _name(x.dtype)
+    return _numpy_name(x.dtype) if isinstance(x.dtype, np.dtype) else str(x.dtype).rsplit(".", 1)[-1]
 
 
-@cache  # NumPy takes long to make a dtype's name
-def _name(dtype: Any) -> str:
-    return str(dtype).rsplit(".", 1)[-1]
+@cache  # NumPy takes longer to make a name than all other checks together
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    return str(dtype)
 
 
 def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: Any, **like_x: Any) -> int:

@@ -88,7 +88,7 @@ ELSEWHERE = {
     "export": "test_onnx_export",
     "jax": "test_jax_layers",
     "mlx": "test_mlx",
-    "transformers": "test_transformers",
+    "transformers": "architecture_matrix",
     "write-a-backend": "test_docs",
 }
 """The pages whose blocks another file runs, beside the tests of what they are about."""

@@ -187,3 +187,25 @@ def test_cuda_graph(variant: str) -> None:
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace_method. is deprecated:DeprecationWarning")
+def test_the_short_way_is_taken_by_plain_tensors_alone(x: Tensor, where: Tensor, variant: str) -> None:
+    """What the dispatcher would resolve first, a view that is negated lazily, must not reach a kernel as it lies."""
+    from sa_softmax.backends.torch._kernels import direct
+
+    plain = x.device.type == "cpu"
+    assert (direct("row", x, where) is not None) is plain
+    negated = torch.complex(x, -x).conj().imag  # x, in memory -x
+    assert negated.is_neg()
+    assert direct("row", negated, where) is None
+    torch.testing.assert_close(sa_softmax(negated, variant=variant), sa_softmax(x, variant=variant))
+    leaf = x.clone().requires_grad_()
+    assert direct("row", leaf, where) is None
+    with torch.no_grad():
+        assert (direct("row", leaf, where) is not None) is plain
+    traced = torch.jit.trace(lambda x: sa_softmax(x, variant=variant), x)
+    torch.testing.assert_close(traced(2 * x), sa_softmax(2 * x, variant=variant))
+    batched = torch.func.vmap(lambda row: sa_softmax(row, variant=variant))(x)
+    torch.testing.assert_close(batched, sa_softmax(x, variant=variant))

@@ -94,8 +94,8 @@ def sa_attention(
     mask: Tensor | None = None,
     is_causal: bool = False,
     q_offset: int = 0,
-    window_size: tuple[int, int] = (-1, -1),
     scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row.
 
