@@ -90,8 +90,8 @@ def check(
     The clients are onnxruntime with the function bodies alone, onnxruntime with the kernels of sa-softmax-native if
     that is installed, and onnx.reference. What a node of the domain gave in a run is compared with the reference, in
     float64, of what the node was given in that run, within the bounds of docs/spec.md, section 7. The outputs of the
-    whole model must agree between the clients within 1024 roundoffs of the largest value (32 in 16 bits): the errors
-    of what stands between our nodes are not known.
+    whole model must agree between the clients within 1024 roundoffs of the largest value, or 32 of a 16-bit type that
+    they or one of our nodes have: the errors of what stands between our nodes are not known.
 
     Args:
         path: the .onnx file. If it has external data, its folder must be writable.
@@ -123,10 +123,9 @@ def check(
                 findings.append(Finding(client, "the model", np.inf, f"{type(error).__name__}: {error}"))
                 continue
             findings += subject.nodes(client, values)
-            results = [values[output.name] for output in model.graph.output]
             if agreed is not None:
-                findings += subject.outputs(client, results, agreed)
-            agreed = agreed or _Agreed(client, results)
+                findings += subject.outputs(client, values, agreed)
+            agreed = agreed or _Agreed(client, [values[output.name] for output in model.graph.output])
     shapes = (", ".join(f"{name} {list(array.shape)}" for name, array in each.items()) for each in sets)
     report = Report(path, tuple(shapes), tuple(findings))
     if not report.ok:
@@ -250,9 +249,10 @@ class _Subject:
             rounded = not (client.endswith(", bodies") and next(iter(inputs.values())).dtype == np.float16)
             yield Finding(client, subject, _error(node, inputs, attributes, values[node.output[0]], rounded))
 
-    def outputs(self, client: str, results: list[Array], agreed: _Agreed) -> Iterator[Finding]:
-        for name, got, wanted in zip(self._names, results, agreed.results, strict=True):
-            yield Finding(client, f"output {name!r} against {agreed.client}", _difference(got, wanted))
+    def outputs(self, client: str, values: Values, agreed: _Agreed) -> Iterator[Finding]:
+        share = max((_share(values[node.output[0]].dtype) for node in self._nodes), default=0.0)
+        for name, wanted in zip(self._names, agreed.results, strict=True):
+            yield Finding(client, f"output {name!r} against {agreed.client}", _difference(values[name], wanted, share))
 
 
 def _plain(value: Any) -> Any:
@@ -264,8 +264,13 @@ def _error(node: NodeProto, inputs: Values, attributes: dict[str, Any], got: Arr
     return np.inf if got.dtype != next(iter(inputs.values())).dtype else wanted.error(got)
 
 
-def _difference(got: Array, wanted: Array) -> float:
-    """In units of 1024 roundoffs, or 32 in 16 bits, of the largest magnitude; integers must be equal."""
+def _share(dtype: np.dtype[Any]) -> float:
+    """1024 roundoffs, or 32 in 16 bits: what two clients may differ by, relative to the largest magnitude."""
+    return (32 if dtype.itemsize == 2 else 1024) * float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def _difference(got: Array, wanted: Array, share: float) -> float:
+    """In units of the larger share of the largest magnitude, ``share`` or that of the dtype; integers must be equal."""
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return np.inf
     if got.dtype.kind in "biu":
@@ -274,6 +279,5 @@ def _difference(got: Array, wanted: Array) -> float:
     if not np.array_equal(np.isfinite(a), np.isfinite(b)) or not np.array_equal(np.isnan(a), np.isnan(b)):
         return np.inf
     a, b = (np.nan_to_num(each, posinf=0, neginf=0) for each in (a, b))
-    roundoff = float(ml_dtypes.finfo(got.dtype).eps) / 2
-    allowed = (32 if got.dtype.itemsize == 2 else 1024) * roundoff * max(abs(b).max(initial=0), 1e-30)
+    allowed = max(share, _share(got.dtype)) * max(abs(b).max(initial=0), 1e-30)
     return float(abs(a - b).max(initial=0) / allowed)

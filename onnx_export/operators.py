@@ -21,7 +21,7 @@ MIN_OPSET = 18
 """The oldest default opset that the bodies can be written in: from there on ReduceMin takes its axes as an input."""
 
 TYPES = tuple(f"tensor({each})" for each in ("float", "double", "float16", "bfloat16"))
-_T = [("T", TYPES, "16-bit types are computed in float and rounded once.")]
+_T = [("T", TYPES, "16-bit types are computed in float and rounded once, in SAAttention Y besides.")]
 _VARIANT = OpSchema.Attribute(
     "variant", helper.make_attribute("variant", "normalized"), '"normalized" or "product"; any other is an error.'
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpmath import mpf
 
+from sa_softmax import reference
 from sa_softmax.backends import REGISTRY
 
 VARIANTS = ("product", "normalized")
@@ -173,3 +174,30 @@ def exact_attention(
         for weight, j in zip(sa_softmax_row(x, variant), keys, strict=True):
             out[h, i] = out[h, i] + weight * v[h // group, j]
     return out
+
+
+def attention_weights(q: Any, k: Any, *, bias: Any = None, **options: Any) -> np.ndarray[Any, Any]:
+    """Y in float64: what the reference gives with the identity in place of v."""
+    identity = np.broadcast_to(np.eye(k.shape[-2]), (*k.shape[:-1], k.shape[-2]))
+    wide = (x.astype(np.float64) for x in (q, k, identity))
+    return reference.sa_attention(*wide, bias=None if bias is None else bias.astype(np.float64), **options)
+
+
+def weights_rounding(q: Any, k: Any, v: Any, **options: Any) -> np.ndarray[Any, Any]:
+    """How far attention may move where Y is rounded to the dtype of q before it multiplies V (A10): u |Y| |V|.
+
+    u is half the epsilon. With u |O| for the rounding of O this bounds both together, to all orders: a rounding moves a
+    number by no more than a share u / (1 + u) of it.
+    """
+    u = float(finfo(q.dtype).eps) / 2
+    size = np.abs(np.where(np.isfinite(v), v, 0).astype(np.float64))
+    return np.asarray(
+        u * (np.abs(attention_weights(q, k, **options)) @ np.repeat(size, q.shape[-3] // k.shape[-3], -3))
+    )
+
+
+def attention_of_rounded_weights(q: Any, k: Any, v: Any, bits: int, **options: Any) -> np.ndarray[Any, Any]:
+    """Exact but for Y, of which ``bits`` significant bits are left before it multiplies V, and the rounding of O."""
+    mantissa, exponent = np.frexp(attention_weights(q, k, **options))
+    y = np.ldexp(np.round(mantissa * 2**bits), exponent - bits)
+    return np.asarray((y @ np.repeat(v.astype(np.float64), q.shape[-3] // k.shape[-3], -3)).astype(q.dtype))

@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype
+from support import (
+    CORNER_ROWS,
+    FLOATS,
+    VARIANTS,
+    attention_of_rounded_weights,
+    finfo,
+    numpy_dtype,
+    weights_rounding,
+)
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -271,6 +279,21 @@ def attend(
     return run("SAAttention", {"Q": q, "K": k, "V": v, "bias": bias, "mask": mask}, dtype, threads, **options)
 
 
+def assert_attention(got: Array, arrays: list[Array], dtype: str, **options: Any) -> None:
+    """As assert_close; but in bfloat16 Y may be rounded, too, before it multiplies V (A10)."""
+    if dtype != "bfloat16":
+        assert_close(got, reference.sa_attention(*arrays, **options), dtype, scale=SCALE)
+        return
+    bias = options.pop("bias", None)
+    bias = None if bias is None else bias.astype(np.float64)
+    expected = reference.sa_attention(*(array.astype(np.float64) for array in arrays), bias=bias, **options)
+    rounding = float(finfo(dtype).eps) / 2 * np.abs(expected) + weights_rounding(*arrays, bias=bias, **options)
+    bound = rounding + 8 * float(finfo("float32").eps) * SCALE
+    assert got.shape == expected.shape
+    assert (np.isnan(got) == np.isnan(expected)).all()
+    assert (np.isnan(got) | (np.abs(got - expected) <= bound)).all()
+
+
 @kernels
 @floats
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
@@ -280,7 +303,22 @@ def test_attention(extras: tuple[Any, Any], options: dict[str, Any], dtype: str)
     bias = None if extras[0] is None else rounded(randn(*extras[0], seed=3), dtype)
     mask = None if extras[1] is None else np.asarray(np.random.default_rng(4).random(extras[1]) < 0.7)
     o = attend(arrays, bias, mask, dtype, **options)
-    assert_close(o, reference.sa_attention(*arrays, bias=bias, mask=mask, **options), dtype, scale=SCALE)
+    assert_attention(o, arrays, dtype, bias=bias, mask=mask, **options)
+
+
+@variants
+def test_bound_of_rounded_weights_tells_right_from_wrong(variant: str) -> None:
+    """Of Y the 8 bits of bfloat16 must be left, 7 or 5 are not enough; zeros and the other variant are wrong."""
+    arrays = [rounded(array, "bfloat16") for array in qkv()]
+
+    def output(bits: int, variant: str = variant) -> Array:
+        return attention_of_rounded_weights(*arrays, bits, variant=variant).astype(np.float32)
+
+    assert_attention(output(8), arrays, "bfloat16", variant=variant)
+    other = "product" if variant == "normalized" else "normalized"
+    for wrong in (output(7), output(5), 0 * output(8), output(53, other)):
+        with pytest.raises(AssertionError):
+            assert_attention(wrong, arrays, "bfloat16", variant=variant)
 
 
 @kernels
@@ -317,7 +355,7 @@ def test_excluded_keys_do_not_matter_whatever_they_hold(dtype: str) -> None:
     expected = reference.sa_attention(q, k, v, mask=mask)
     assert np.isnan(expected).any()
     assert np.isfinite(expected).any()
-    assert_close(o, expected, dtype, scale=SCALE)
+    assert_attention(o, [q, k, v], dtype, mask=mask)
 
 
 # Threads.

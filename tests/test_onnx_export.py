@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import VARIANTS
+from support import FLOATS, VARIANTS, attention_of_rounded_weights, numpy_dtype
 
 import sa_softmax
 
@@ -19,6 +19,7 @@ pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from sa_softmax.onnx_export import CheckError, check, export  # noqa: E402
+from sa_softmax.onnx_export.bounds import expected  # noqa: E402
 from sa_softmax.onnx_export.operators import nodes_of  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,26 @@ def test_attention_with_a_cache(torch: Any, tmp_path: Path, dtype: str, variant:
     assert len(node.input) == 5
     assert node.input[3] == ""
     assert [dims(each) for each in exported.graph.output] == [["batch", 4, "queries", 5]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_may_be_rounded_in_16_bits_and_not_further(dtype: str, variant: str) -> None:
+    """Clause A10: to the 11 bits of float16 or the 8 of bfloat16. In wider types not even so far."""
+    rng = np.random.default_rng(SEED)
+    shapes = {"Q": (2, 4, 6, 8), "K": (2, 2, 9, 8), "V": (2, 2, 9, 5)}
+    inputs = {name: (3 * rng.standard_normal(shape)).astype(numpy_dtype(dtype)) for name, shape in shapes.items()}
+    wanted = expected("SAAttention", inputs, {"variant": variant, "is_causal": 0, "q_offset": 0})
+
+    def error(bits: int) -> float:
+        return wanted.error(attention_of_rounded_weights(*inputs.values(), bits, variant=variant))
+
+    bits = {"float16": 11, "bfloat16": 8}.get(dtype)
+    if bits is None:
+        assert error(11) > 1
+    else:
+        assert error(bits) <= 1 < error(bits - 1)
+        assert error(5) > 2
 
 
 def test_lengths_that_are_sums(torch: Any, tmp_path: Path) -> None:

@@ -99,9 +99,10 @@ def sa_attention(
 ) -> Tensor:
     """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row.
 
-    Float16 and bfloat16 are computed in float32. Autocast does to q, k and v what it does to those of
+    Float16 and bfloat16 are computed in float32, but that bfloat16 weights Y may be rounded to bfloat16 before they
+    multiply V on processors with AVX512_BF16 (clause A10). Autocast does to q, k and v what it does to those of
     ``scaled_dot_product_attention``: they, and with them the result, take its dtype. It does not touch ``bias``, nor
-    what is computed in float32.
+    what is computed in float32; but in a compiled graph it casts matrix products in gradients by ``torch.func``.
 
     Args:
         q: (..., Hq, Tq, D). Hq is a multiple of Hkv; query head h reads key/value head h // (Hq // Hkv).
