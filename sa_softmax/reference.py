@@ -8,7 +8,7 @@ factor of the normalized variant. Everything is computed in float32 (float64 for
 
 Accuracy: at score scales from 1e-300 to 1e300, values, VJPs and JVPs are within 4 units (6 for rows of thousands) of
 50-digit arithmetic. The unit is the roundoff times the magnitudes of a value's terms, in which each p counts
-1 + |x - max| + E|x - max| times, as the exponential demands.
+``1 + |x - max| + E|x - max|`` times, as the exponential demands.
 """
 
 from typing import Any, NamedTuple

@@ -62,10 +62,11 @@ def register() -> None:
       the model refuses. ``set_attn_implementation`` on the loaded model is the deliberate way to change it.
     - A model, or a part of one, that does not dispatch through the interface raises where it would ignore the choice.
 
-    Raises (later, when models are made, switched or run):
-        ValueError: a model without the interface; a recorded choice that differs from the requested one; softcap,
-            attention sinks, sparse indices, a paged cache, dropout; masks that are not 4-d.
-        TypeError: masks that are neither boolean nor floating.
+    Raises:
+        ValueError: later, when models are made, switched or run: a model without the interface; a recorded choice that
+            differs from the requested one; softcap, attention sinks, sparse indices, a paged cache, dropout; masks
+            that are not 4-d.
+        TypeError: likewise, masks that are neither boolean nor floating.
 
     Source: docs/spec.md, clauses A and C7.
     """

@@ -14,7 +14,7 @@
 // cost little. Tiles of the products outside of causality and window are left out. A sum runs over keys, or over queries,
 // in order, wherever blocks begin: bits depend on blocks and threads nowhere, except that several parts of a head, whose
 // number follows from the shapes, are added up in order.
-#include "row.h"
+#include "attention_row.h"
 
 namespace sa_softmax {
 namespace {
@@ -493,7 +493,7 @@ struct Block {
       if (const Range all = columns(r); !all.empty()) {
         C* const s = scores + r * pitch + all.begin;
         C* const g = upstream + r * pitch + all.begin;
-        vjp_row<C, true>(s, g, all.end - all.begin, s, scratch + job.at.e, job.normalized, g);
+        vjp_row<C>(s, g, all.end - all.begin, s, scratch + job.at.e, job.normalized, g);
       }
   }
   // grad[j][.] += sum over rows of weights[r][j] rows[r][.]

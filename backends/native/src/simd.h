@@ -67,8 +67,6 @@ using Vector = typename Simd<C>::V;
 template <class C>
 constexpr int kLanes = SA_SOFTMAX_VECTOR / int(sizeof(C));
 template <class C>
-constexpr int kChunk = 4 * kLanes<C>;  // four vectors at a time hide the latency of an addition
-template <class C>
 constexpr C kInfinity = C(__builtin_inf());
 
 template <class C>
@@ -167,39 +165,6 @@ INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   const U scale = (as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa));
   const Vector<C> e = (p + 1) * as<Vector<C>>(scale);
   return s < all(S::exp_lowest) ? Vector<C>{} : kExact ? e * error + e : e;
-}
-
-// Calls f(offset, pointer to kChunk entries) along a row; the last, incomplete chunk is a copy padded by -inf. So an
-// entry's lane, and with it every sum, depends on its index alone.
-template <class C, class F>
-INLINE void chunks(const C* z, int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kChunk<C> <= n; i += kChunk<C>) f(i, z + i);
-  if (i < n) {
-    C tail[kChunk<C>];
-    for (int j = 0; j < kChunk<C>; ++j) tail[j] = -kInfinity<C>;
-    std::memcpy(tail, z + i, size_t(n - i) * sizeof(C));
-    f(i, tail);
-  }
-}
-// The entries of another row that belong to the chunk at i; 0 beyond its end.
-template <class C>
-struct Chunk {
-  C tail[kChunk<C>];
-  const C* at;
-  INLINE Chunk(const C* row, int64_t i, int64_t n) : at(row + i) {
-    if (i + kChunk<C> <= n) return;
-    std::memset(tail, 0, sizeof tail);
-    std::memcpy(tail, row + i, size_t(n - i) * sizeof(C));
-    at = tail;
-  }
-};
-template <class C>
-INLINE void store_chunk(C* row, int64_t i, int64_t n, const Vector<C> (&v)[4]) {
-  if (i + kChunk<C> <= n)
-    for (int u = 0; u < 4; ++u) store(row + i + u * kLanes<C>, v[u]);
-  else
-    std::memcpy(row + i, v, size_t(n - i) * sizeof(C));
 }
 
 // One number out of a vector, halving: f combines two vectors or two numbers.
