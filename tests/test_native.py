@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype
+from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype, variants
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -29,7 +29,6 @@ from sa_softmax.backends import onnxruntime as door  # noqa: E402
 
 installed = importlib.util.find_spec("sa_softmax_native") is not None
 kernels = pytest.mark.skipif(not installed, reason="needs sa-softmax-native: pip install ./backends/native")
-variants = pytest.mark.parametrize("variant", VARIANTS)
 floats = pytest.mark.parametrize("dtype", FLOATS)
 
 Array = np.ndarray[Any, Any]
