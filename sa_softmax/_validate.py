@@ -75,10 +75,12 @@ def check_attention(
     is_causal: bool,
     q_offset: int,
     scale: float | None,
+    window_size: tuple[int, int] = (-1, -1),
     **like_output: Any,
 ) -> float:
     """Check the arguments of attention and return the scale, 1/sqrt(D) where none is given.
 
+    ``window_size`` is (left, right), -1 on a side that is open, where the function has such an argument.
     ``like_output`` are further arrays that share the shape and dtype of the output (an upstream gradient).
     """
     check_variant(variant)
@@ -128,8 +130,14 @@ def check_attention(
             operator.index(q_offset)
         except TypeError:
             raise TypeError(f"q_offset must be an integer; got {q_offset!r}. Pass a Python int") from None
-    if not is_causal and q_offset != 0:
-        raise ValueError(f"q_offset shifts the causal mask and needs is_causal=True; got {q_offset=} without it")
+    right = _check_window_size(kind, window_size, is_causal)
+    if right < 0 and q_offset != 0:
+        or_window = (
+            "" if tuple(window_size) == (-1, -1) else f", or right >= 0 in window_size, which is {tuple(window_size)}"
+        )
+        raise ValueError(
+            f"q_offset shifts the causal mask and needs is_causal=True{or_window}; got {q_offset=} without it"
+        )
     if scale is None:
         if q.shape[-1] == 0:
             raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes}. Pass scale=")
@@ -209,20 +217,38 @@ def check_varlen(
     for name, value in (("max_q", max_q), ("max_k", max_k)):
         if not isinstance(value, kind.integers) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, the largest length; got {value!r}. Convert it with int()")
-    if len(window_size) != 2 or not all(isinstance(n, kind.integers) and n >= -1 for n in window_size):
-        raise ValueError(
-            f"window_size must be (left, right) with integers of at least -1; got {window_size!r}. "
-            "(-1, -1) is no window, (-1, 0) causal"
-        )
     q, k, v = (array.swapaxes(0, 1) for array in (q, k, v))
     return check_attention(
-        kind, q, k, v, variant=variant, bias=None, mask=None, is_causal=False, q_offset=0, scale=scale
+        kind, q, k, v,
+        variant=variant, bias=None, mask=None, is_causal=False, q_offset=0, scale=scale, window_size=window_size,
     )  # fmt: skip
 
 
 def check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
+
+
+def _check_window_size(kind: ArrayKind, window_size: tuple[int, int], is_causal: bool) -> int:
+    """The right side, which causality closes at 0."""
+    if (
+        not isinstance(window_size, tuple | list)
+        or len(window_size) != 2
+        or not all(isinstance(n, kind.integers) and not isinstance(n, bool) and -1 <= n < 2**31 for n in window_size)
+    ):
+        raise ValueError(
+            f"window_size must be (left, right) with integers from -1 to 2**31 - 1; got {window_size!r}. "
+            "-1 leaves a side open: (-1, -1) is no window, (-1, 0) causal"
+        )
+    left, right = window_size
+    if not is_causal:
+        return right
+    if right > 0:
+        raise ValueError(
+            f"is_causal=True ends the window at the query itself; got window_size={tuple(window_size)} with right > 0. "
+            f"Pass ({left}, 0), or is_causal=False"
+        )
+    return 0
 
 
 def _given(**arrays: Any) -> dict[str, Any]:

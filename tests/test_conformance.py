@@ -18,7 +18,7 @@ from sa_softmax import __main__ as command_line
 from sa_softmax import reference
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends import Entry
-from sa_softmax.backends.numpy.adapter import Adapter, ReferenceAdapter
+from sa_softmax.backends.numpy.adapter import ReferenceAdapter as Adapter
 from sa_softmax.conformance import GoldenDataError, cases, execute, generate, golden, load, oracle, run
 from sa_softmax.conformance.cases import Mismatch, compare
 from sa_softmax.conformance.inputs import LENGTHS, RowInput
@@ -60,7 +60,7 @@ def test_kernel_mutant_is_rejected_for_a_wrong_answer(name: str) -> None:
 def test_there_are_many_mutants_and_each_differs_from_the_reference() -> None:
     everything = mutants() | kernel_mutants()
     assert len(everything) == len(mutants()) + len(kernel_mutants()) >= 200
-    assert all(isinstance(mutant, ReferenceAdapter) for mutant in everything.values())
+    assert all(isinstance(mutant, Adapter) for mutant in everything.values())
 
 
 def plain_softmax(record: golden.Record, variant: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def answers(record: golden.Record, variant: str) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for operation, outputs in _PARTS[record.is_attention].values():
-        result |= dict(zip(outputs, call(ReferenceAdapter(), operation, record, variant, "cpu"), strict=True))
+        result |= dict(zip(outputs, call(Adapter(), operation, record, variant, "cpu"), strict=True))
     return result
 
 
@@ -208,7 +208,7 @@ def test_oracle_agrees_with_finite_differences() -> None:
 # The runner.
 
 
-class Declared(ReferenceAdapter):
+class Declared(Adapter):
     """The reference with fewer capabilities, or some wrong answers."""
 
     name = "declared"

@@ -204,8 +204,6 @@ def test_the_registry_lists_the_folders_that_have_an_adapter() -> None:
 @pytest.mark.parametrize("entry", array_backends())
 @pytest.mark.parametrize("name", _api.__all__)
 def test_every_backend_has_the_public_signature(entry: Entry, name: str) -> None:
-    """What a backend has besides is keyword-only and may be left out: the choice of an implementation in JAX."""
-
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
@@ -213,7 +211,7 @@ def test_every_backend_has_the_public_signature(entry: Entry, name: str) -> None
     assert name in backend.__all__
     public, own = parameters(getattr(_api, name)), parameters(getattr(backend, name))
     assert own[: len(public)] == public
-    for _, kind, default in own[len(public) :]:
+    for _, kind, default in own[len(public) :]:  # what this framework offers besides
         assert kind is inspect.Parameter.KEYWORD_ONLY
         assert default is not inspect.Parameter.empty
 

@@ -84,9 +84,9 @@ PAGES = {
 """The pages whose blocks run here, in order and in one namespace, and what they import."""
 
 ELSEWHERE = {
-    "distributed": "test_distributed_torch",
+    "distributed": "distributed_cases",
     "export": "test_onnx_export",
-    "jax": "test_jax",
+    "jax": "test_jax_layers",
     "mlx": "test_mlx",
     "transformers": "test_transformers",
     "write-a-backend": "test_docs",
@@ -94,6 +94,7 @@ ELSEWHERE = {
 """The pages whose blocks another file runs, beside the tests of what they are about."""
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # PyTorch's own, where it compiles
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in PAGES[page]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sa_softmax as top_level
 from sa_softmax import reference
-from sa_softmax.backends.torch import SASoftmax, sa_attention, sa_softmax
+from sa_softmax.backends.torch import SASoftmax, _kernels, implementation, sa_attention, sa_softmax, varlen_sa_attention
 from sa_softmax.backends.torch.adapter import Adapter, _array, _tensor
 
 # What PyTorch warns of in its own doings, when it compiles and enters forward mode.
@@ -416,16 +416,20 @@ MASK[0, :, 1] = False
 def attention_case(name: str) -> tuple[Tensors, dict[str, Any]]:
     """Inputs to differentiate (q, k, v and perhaps bias) and options.
 
-    In "everything" no query sees the last key, which holds garbage, and one query sees no key at all.
+    In "everything" no query sees the last key, which holds garbage, and one query sees no key at all. In "window" it
+    is the last query.
     """
     if name == "plain":
         return (Q, K, V), {}
     k, v, bias = K.clone(), V.clone(), BIAS.clone()
     k[..., -1, :], v[..., -1, :], bias[..., -1] = NAN, INF, NAN
-    return (Q, k, v, bias), {"mask": MASK, "is_causal": True, "q_offset": TK - TQ, "scale": 0.7}
+    options = {"mask": MASK, "scale": 0.7}
+    if name == "window":
+        return (Q, k, v, bias), options | {"window_size": (1, 2), "q_offset": TK - TQ + 1}
+    return (Q, k, v, bias), options | {"is_causal": True, "q_offset": TK - TQ}
 
 
-CASES = ("plain", "everything")
+CASES = ("plain", "everything", "window")
 
 
 def attention(*inputs: Tensor, **options: Any) -> Tensor:
@@ -433,9 +437,23 @@ def attention(*inputs: Tensor, **options: Any) -> Tensor:
     return sa_attention(q, k, v, bias=bias[0] if bias else None, **options)
 
 
+def as_mask(options: dict[str, Any], tq: int, tk: int) -> dict[str, Any]:
+    """The same options for the reference, to which a window is a mask like any other."""
+    left, right = options.pop("window_size", (-1, -1))
+    right = 0 if options.pop("is_causal", False) else right
+    ahead = np.arange(tk) - np.arange(tq)[:, None] - options.pop("q_offset", 0)
+    seen = np.ones((tq, tk), bool)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    mask = options.get("mask")
+    return options | {"mask": seen if mask is None else seen & mask}
+
+
 def reference_attention(inputs: Tensors, options: dict[str, Any], do: Tensor = DO) -> tuple[Any, tuple[Any, ...]]:
     q, k, v, *bias = map(to_numpy, inputs)
-    given = arrays(options) | {"bias": bias[0] if bias else None}
+    given = as_mask(arrays(options), q.shape[-2], k.shape[-2]) | {"bias": bias[0] if bias else None}
     gradients = reference.sa_attention_vjp(q, k, v, to_numpy(do), **given)
     return reference.sa_attention(q, k, v, **given), gradients[: len(inputs)]
 
@@ -503,7 +521,11 @@ def test_attention_passes_gradcheck_and_gradgradcheck(variant: str) -> None:
     q, k, v = (randn(1, heads, 3, 2, seed=30 + i).requires_grad_() for i, heads in enumerate((2, 1, 1)))
     bias = randn(2, 1, 3, seed=33).requires_grad_()
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
-    for inputs, options in (((q, k, v), {}), ((q, k, v, bias), {"mask": mask, "is_causal": True, "q_offset": 1})):
+    for inputs, options in (
+        ((q, k, v), {}),
+        ((q, k, v, bias), {"mask": mask, "is_causal": True, "q_offset": 1}),
+        ((q, k, v), {"window_size": (1, 0), "q_offset": 1}),
+    ):
         f = partial(attention, variant=variant, **options)
         fast = {"fast_mode": True, "check_batched_grad": True}
         assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_forward_grad=True, **fast)
@@ -528,9 +550,10 @@ def test_attention_second_derivatives_are_finite_whatever_hidden_keys_hold(
     assert hessian.any()
 
 
+@pytest.mark.parametrize("case", ["everything", "window"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_attention_vmap_and_vmap_of_grad(variant: str) -> None:
-    (q, k, v, bias), options = attention_case("everything")
+def test_attention_vmap_and_vmap_of_grad(variant: str, case: str) -> None:
+    (q, k, v, bias), options = attention_case(case)
     mask = options.pop("mask")
 
     def o(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, do: Tensor) -> Tensor:
@@ -609,6 +632,55 @@ def test_attention_shapes(is_causal: bool, shapes: tuple[str, tuple[tuple[int, .
     expected = reference.sa_attention_vjp(*map(to_numpy, (q, k, v, do)), **options)
     for gradient, reference_gradient in zip(gradients, expected[:3], strict=True):
         assert_close(gradient, reference_gradient)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["as it is", "composition"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_windows(variant: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the mask of the same meaning: open and closed sides, of width 0, beside and beyond the keys."""
+    if not kernels:
+        monkeypatch.setattr(_kernels, "_IMPLEMENTATIONS", {})
+        assert implementation("cpu") == "composition"
+    far = 2**31 - 1
+    empty = 0
+    for (left, right), q_offset, is_causal in product(
+        product((-1, 0, 1, 5, far), (-1, 0, 1, 4, far)), (0, 3, -2, 9, -(2**40)), (False, True)
+    ):
+        if (is_causal and right > 0) or (q_offset and right < 0 and not is_causal):
+            continue
+        options = {"variant": variant, "window_size": (left, right), "q_offset": q_offset, "is_causal": is_causal}
+        o, gradients = backward(partial(sa_attention, **options), (Q, K, V), DO)
+        expected, expected_gradients = reference_attention((Q, K, V), options)
+        # A query that sees one key has the gradient 0 as a difference of two terms of the size 1 / |x|.
+        for actual, wanted in zip((o, *gradients), (expected, *expected_gradients), strict=True):
+            assert_close(actual, wanted, ulps=2**12)
+        empty += not o.any()
+    assert empty > 5
+
+
+@pytest.mark.parametrize("window", [(2, -1), (1, 0), (-1, 1), (0, 2), (-1, -1)])
+def test_window_of_one_packed_sequence_is_that_of_attention(window: tuple[int, int]) -> None:
+    for tq, tk in ((TQ, TK), (TK, TQ)):
+        q, k, v = randn(HQ, tq, D, seed=45), randn(HKV, tk, D, seed=46), randn(HKV, tk, DV, seed=47)
+        packed = (x.transpose(0, 1) for x in (q, k, v))
+        lengths = (torch.tensor([0, t], dtype=torch.int32) for t in (tq, tk))
+        o = varlen_sa_attention(*packed, *lengths, tq, tk, window_size=window)
+        options = as_mask({"window_size": window, "q_offset": tk - tq}, tq, tk)
+        assert_close(o.transpose(0, 1), reference.sa_attention(*map(to_numpy, (q, k, v)), **options))
+
+
+def test_attention_refuses_windows_that_contradict() -> None:
+    for match, options in (
+        (r"window_size must be \(left, right\).*got \(-2, 0\)", {"window_size": (-2, 0)}),
+        (r"window_size must be \(left, right\).*got 4", {"window_size": 4}),
+        (r"window_size must be \(left, right\).*got \(1, 2, 3\)", {"window_size": (1, 2, 3)}),
+        (r"window_size must be \(left, right\).*got \(1\.0, 0\)", {"window_size": (1.0, 0)}),
+        (r"window_size must be \(left, right\).*to 2\*\*31 - 1", {"window_size": (sys.maxsize, 0)}),
+        (r"right > 0\. Pass \(2, 0\), or is_causal=False", {"window_size": (2, 1), "is_causal": True}),
+        (r"right >= 0 in window_size, which is \(2, -1\); got q_offset=1", {"window_size": (2, -1), "q_offset": 1}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sa_attention(Q, K, V, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -736,6 +808,44 @@ def test_one_compilation_serves_every_length_and_offset(variant: str) -> None:
         for actual, wanted in zip((o, *gradients), (expected, *expected_gradients), strict=True):
             assert_close(actual, wanted)
     assert len(graphs) == 1
+
+
+def test_one_compilation_serves_every_window() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> Function:
+        graphs.append(graph)
+        return graph.forward
+
+    f = torch.compile(
+        lambda left, right: sa_attention(Q, K, V, window_size=(left, right), q_offset=2),
+        fullgraph=True, dynamic=True, backend=count,
+    )  # fmt: skip
+    for window in ((2, 3), (4, 5), (3, 2)):
+        expected, _ = reference_attention((Q, K, V), {"window_size": window, "q_offset": 2})
+        assert_close(f(*window), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("window", [(2, -1), (2, 1), (-1, 1)])
+def test_export_holds_the_left_side_of_a_window_as_a_mask(window: tuple[int, int]) -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            q_offset = k.shape[-2] - q.shape[-2] if window[1] >= 0 else 0
+            return sa_attention(q, k, v, mask=mask, window_size=window, q_offset=q_offset)
+
+    batch, tq, tk = (torch.export.Dim(name) for name in ("batch", "tq", "tk"))
+    q, k, v, _, mask = _decoder_inputs(3, 7, 11)
+    keys = {0: batch, 2: tk}
+    shapes = {"q": {0: batch, 2: tq}, "k": keys, "v": keys, "mask": {0: batch, 2: tq, 3: tk}}
+    program = torch.export.export(Model(), (q, k, v, mask), dynamic_shapes=shapes)
+    calls = [node for node in program.graph.nodes if node.target == torch.ops.sa_softmax.sa_attention.default]
+    assert len(calls) == 1
+    assert (calls[0].args[4].op == "placeholder") == (window[0] < 0)
+    q, k, v, _, mask = _decoder_inputs(6, 13, 12)
+    options = {"mask": mask, "window_size": window, "q_offset": -1 if window[1] >= 0 else 0}
+    expected, _ = reference_attention((q, k, v), options, randn(6, 4, 13, 5, seed=55))
+    assert_close(program.module()(q, k, v, mask), expected)
 
 
 EXPORTS = pytest.mark.parametrize(

@@ -143,6 +143,8 @@ def attention(mesh: Any) -> int:
         for sharding in (Shard(0), Shard(1)):
             check(qkv | {"bias": bias, "mask": mask}, sharding, sharding, Replicate())
     check(qkv | {"mask": mask}, Shard(1), Shard(1), None)
+    for sharding, expected in ((Shard(1), Shard(1)), (Shard(2), Replicate())):
+        check(qkv, sharding, expected, window_size=(1, 1), q_offset=2)
     check(narrow, Replicate(), Replicate(), **causal)
     compare(sa_attention, narrow, {"q": Shard(1), "k": Replicate(), "v": Shard(0)}, mesh, Replicate())
     return count + 1

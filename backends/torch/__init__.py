@@ -94,6 +94,7 @@ def sa_attention(
     mask: Tensor | None = None,
     is_causal: bool = False,
     q_offset: int = 0,
+    window_size: tuple[int, int] = (-1, -1),
     scale: float | None = None,
 ) -> Tensor:
     """Attention O = Y V, with Y = sa_softmax(scale * Q K^T + bias) row by row.
@@ -117,6 +118,10 @@ def sa_attention(
                   1 0 0 0              1 1 1 0
                   1 1 0 0              1 1 1 1
 
+        window_size: (left, right). Query i sees keys i + q_offset - left to i + q_offset + right only, as in
+            ``torch.nn.attention.varlen.varlen_attn``; -1 leaves a side open, and ``is_causal`` closes the right one
+            at 0. Kernels leave out what is outside, where a mask of the same meaning would be read. Exported programs
+            hold the left side as a mask.
         scale: factor of the scores, 1/sqrt(D) by default.
 
     Returns:
@@ -124,8 +129,8 @@ def sa_attention(
 
     Raises:
         TypeError: not floating tensors of one dtype, or a mask that is not boolean.
-        ValueError: shapes, heads, mask or bias that do not fit, q_offset without is_causal, unknown variant, two
-            devices.
+        ValueError: shapes, heads, mask or bias that do not fit, q_offset without is_causal or a window closed on the
+            right, a window that is_causal contradicts, unknown variant, two devices.
 
     Source: paper, SA-Softmax in attention; docs/spec.md, clauses A.
     """
@@ -141,10 +146,11 @@ def sa_attention(
         is_causal=is_causal,
         q_offset=q_offset,
         scale=scale,
+        window_size=window_size,
     )
-    return _way(_attention, q, k, v, bias, mask).sa_attention(
-        q, k, v, bias, mask, q_offset if is_causal else None, scale, variant
-    )
+    left, right = window_size
+    offset, left = _attention.window(q_offset, left, 0 if is_causal else right)
+    return _way(_attention, q, k, v, bias, mask).sa_attention(q, k, v, bias, mask, offset, left, scale, variant)
 
 
 def _way(own: Any, *tensors: Tensor | None) -> Any:

@@ -6,6 +6,7 @@ alone, and computes the Tq x Tk scores again in the backward pass.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,25 @@ from torch.autograd import Function
 
 from sa_softmax.backends.torch import _kernels, _row
 
-__all__ = ["autocast", "compose", "sa_attention"]
+__all__ = ["autocast", "combined_mask", "compose", "sa_attention", "window"]
 
 
 def sa_attention(
     q: Tensor, k: Tensor, v: Tensor,
-    bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, left: int, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
-    """``offset`` is that of the causal mask, None without one."""
-    return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, scale, variant)[0]
+    """``offset`` and ``left`` as :func:`window` gives them."""
+    return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, left, scale, variant)[0]
+
+
+def window(shift: int, left: int, right: int) -> tuple[int | None, int]:
+    """``offset`` and ``left`` of the operators where query i sees keys i + shift - left to i + shift + right.
+
+    -1 leaves a side open. Where the right one is, they know no shift, which must be 0 then.
+    """
+    if right < 0:
+        return None, left
+    return shift + right, left + right if left >= 0 else -1
 
 
 def autocast(x: Any) -> Any:
@@ -43,10 +54,10 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def compose(
     q: Tensor, k: Tensor, v: Tensor,
-    bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, left: int, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     with _no_autocast(q.device):
-        s = _scores(q, k, v, bias, mask, offset, scale)
+        s = _scores(q, k, v, bias, mask, offset, left, scale)
         y = _row.value(s.z, s.on, _row.softmax(s.z, s.on, -1), -1, variant)
         o = _weigh(_fold(y, k), _fold(s.on, k), s.v)
     return _unfold(o, q).to(q.dtype)
@@ -58,10 +69,11 @@ def _compose_first(*args: Any) -> tuple[Tensor]:
 
 def compose_vjp(
     q: Tensor, k: Tensor, v: Tensor,
-    bias: Tensor | None, mask: Tensor | None, do: Tensor, offset: int | None, scale: float, variant: str,
+    bias: Tensor | None, mask: Tensor | None, do: Tensor,
+    offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     with _no_autocast(q.device):
-        s = _scores(q, k, v, bias, mask, offset, scale)
+        s = _scores(q, k, v, bias, mask, offset, left, scale)
         do = _fold(do.to(s.z.dtype), k)
         p = _row.softmax(s.z, s.on, -1)
         y = _fold(_row.value(s.z, s.on, p, -1, variant), k)
@@ -77,35 +89,37 @@ def compose_vjp(
 
 
 class _Attention(Function):
-    """o, and the kernel's stats where its device has kernels of both directions."""
+    """o, and the kernel's stats, which are kept where the kernel of the backward pass reads them."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor,
-        bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float, variant: str,
+        bias: Tensor | None, mask: Tensor | None, offset: int | None, left: int, scale: float, variant: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not _kernels.supports("attention", q, v):
-            return compose(q, k, v, bias, mask, offset, scale, variant), q.new_empty(0)
-        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, -1, scale, variant)
+            return compose(q, k, v, bias, mask, offset, left, scale, variant), q.new_empty(0)
+        return torch.ops.sa_softmax.attention(q, k, v, bias, mask, offset, left, scale, variant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.offset, ctx.scale, ctx.variant = inputs
-        fused = _kernels.supports("attention_vjp", inputs[0], inputs[2])
-        ctx.save_for_backward(*tensors, *(output if fused else (None, None)))
+        *tensors, ctx.offset, ctx.left, ctx.scale, ctx.variant = inputs
+        reads = _kernels.reads_output(inputs[0], inputs[2])
+        ctx.save_for_backward(*tensors, *(output if reads else (None, None)))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, o, stats = ctx.saved_tensors
-        options = ctx.offset, ctx.scale, ctx.variant
-        if o is None:
+        options = ctx.offset, ctx.left, ctx.scale, ctx.variant
+        if not _kernels.supports("attention_vjp", q, v):
             gradients = compose_vjp(q, k, v, bias, mask, do, *options)
         else:
+            if o is None:
+                o = stats = q.new_empty(0)
             gradients = _row.apply(_AttentionVjp, _compose_vjp, q, k, v, bias, mask, o, stats, do, *options)
         dq, dk, dv, dbias = gradients
-        return dq, dk, dv, dbias if bias is not None else None, None, None, None, None
+        return dq, dk, dv, dbias if bias is not None else None, *[None] * 5
 
 
 def _compose_vjp(
@@ -122,10 +136,10 @@ class _AttentionVjp(Function):
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
-        offset: int | None, scale: float, variant: str,
+        offset: int | None, left: int, scale: float, variant: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         gradients = torch.ops.sa_softmax.attention_vjp(
-            q, k, v, bias, mask, o, stats, do, offset, -1, scale, variant
+            q, k, v, bias, mask, o, stats, do, offset, left, scale, variant
         )  # fmt: skip
         # A Function that is batched returns tensors alone.
         return *gradients[:3], q.new_empty(0) if bias is None else gradients[3]
@@ -145,7 +159,7 @@ class _AttentionVjp(Function):
 
         inputs = (q, k, v, do) if bias is None else (q, k, v, do, bias)
         dq, dk, dv, ddo, *dbias = torch.func.vjp(gradients, *inputs)[1](tangents[: len(inputs) - 1])
-        return dq, dk, dv, dbias[0] if dbias else None, None, None, None, ddo, None, None, None
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None, ddo, *[None] * 4
 
 
 class _Scores(NamedTuple):
@@ -159,14 +173,11 @@ class _Scores(NamedTuple):
 
 
 def _scores(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
-) -> _Scores:
+    q: Tensor, k: Tensor, v: Tensor,
+    bias: Tensor | None, mask: Tensor | None, offset: int | None, left: int, scale: float,
+) -> _Scores:  # fmt: skip
     c = torch.promote_types(q.dtype, torch.float32)
-    keep = mask
-    if offset is not None:
-        i = torch.arange(q.shape[-2], device=q.device).unsqueeze(-1)
-        causal = torch.arange(k.shape[-2], device=q.device) <= i + offset
-        keep = causal if mask is None else causal & mask
+    keep = combined_mask(q, k, mask, offset, left)
     q_, k_, v_ = _fold(q.to(c), k), k.to(c), v.to(c)
     if keep is not None:
         # A key that no query sees, of padding say, must not meet even the derivatives of the matrix products (A6).
@@ -176,6 +187,20 @@ def _scores(
     if bias is not None:
         x = x + bias.to(c)
     return _Scores(q_, k_, v_, *_row.participating(x, keep))
+
+
+def combined_mask(q: Tensor, k: Tensor, mask: Tensor | None, offset: int | None, left: int) -> Tensor | None:
+    """``mask``, causality and the window as one mask, or None where there is none of them."""
+    if offset is None and left < 0:
+        return mask
+    # Compared by the distance, because a position plus an offset may overflow.
+    ahead = torch.arange(k.shape[-2], device=q.device) - torch.arange(q.shape[-2], device=q.device).unsqueeze(-1)
+    conditions = [] if mask is None else [mask]
+    if offset is not None:
+        conditions.append(ahead <= offset)
+    if left >= 0:
+        conditions.append(ahead >= (0 if offset is None else offset) - left)
+    return reduce(torch.logical_and, conditions)
 
 
 def _fold(x: Tensor, k: Tensor) -> Tensor:

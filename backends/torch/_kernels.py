@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["implementation", "register", "supports"]
+__all__ = ["implementation", "reads_output", "register", "supports"]
 
 SCHEMAS = {
     "row": "(Tensor x, Tensor? where, int axis, str variant) -> Tensor",
     "row_vjp": "(Tensor x, Tensor g, Tensor? where, int axis, str variant) -> Tensor",
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, int left, float scale,"
+        "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, SymInt left, float scale,"
         " str variant) -> (Tensor o, Tensor stats)"
     ),
     "attention_vjp": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor o, Tensor stats, Tensor do, SymInt? offset,"
-        " int left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
+        " SymInt left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
     ),
     "attention_state": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale)"
@@ -49,6 +49,7 @@ for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
 
 _IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
+_READ_OUTPUT: set[str] = set()
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
@@ -58,6 +59,8 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
+    if kernels.READS_OUTPUT:
+        _READ_OUTPUT.add(device)
 
 
 def _any_tensors(operator: str, *tensors: Tensor) -> bool:
@@ -73,6 +76,11 @@ def supports(operator: str, x: Tensor, *others: Tensor) -> bool:
     """Whether ``operator`` runs on tensors like ``x``, and v in the case of attention."""
     running = _IMPLEMENTATIONS.get(x.device.type, ("composition", {}))[1].get(operator)
     return running is not None and x.dtype in DTYPES and running(operator, x, *others)
+
+
+def reads_output(q: Tensor, v: Tensor) -> bool:
+    """Whether the gradient of attention on tensors like these is a kernel's that reads ``o`` and ``stats``."""
+    return q.device.type in _READ_OUTPUT and supports("attention_vjp", q, v)
 
 
 # Shapes, for tracing.

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from sa_softmax.backends.torch._kernels import empty_attention
 
-__all__ = ["attention", "attention_vjp", "row", "row_vjp"]
+__all__ = ["READS_OUTPUT", "attention", "attention_vjp", "row", "row_vjp"]
+
+READS_OUTPUT = False
+"""The gradient of attention computes the scores again."""
 
 _NAMES = {
     torch.float16: "float16",
@@ -49,7 +52,6 @@ def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The kernel computes the scores again: it reads neither ``o`` nor ``stats``."""
     dtype = q.dtype
     q, k, v, do = _widened(bias, q, k, v, do)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

@@ -72,7 +72,7 @@ def compose(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, offset: int | None, scale: float
 ) -> AttentionState:
     with _attention._no_autocast(q.device):
-        return state_of(_attention._scores(q, k, v, bias, mask, offset, scale), q, k)
+        return state_of(_attention._scores(q, k, v, bias, mask, offset, -1, scale), q, k)
 
 
 def state_of(s: _attention._Scores, q: Tensor, k: Tensor) -> AttentionState:

@@ -40,12 +40,9 @@ def compose(
     for (start, stop), (first, last) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
         q_, k_, v_ = q[start:stop].transpose(0, 1), *(x[first:last].transpose(0, 1) for x in (k, v))
         Tq, Tk = q_.shape[1], k_.shape[1]
-        mask = None
-        if left >= 0:
-            i = torch.arange(Tq, device=q.device).unsqueeze(-1)
-            mask = torch.arange(Tk, device=q.device) >= i + (Tk - Tq - left)
-        offset = Tk - Tq + right if right >= 0 else None
-        parts.append(_attention.sa_attention(q_, k_, v_, None, mask, offset, scale, variant).transpose(0, 1))
+        # An open right side next to a closed left one ends behind the last key.
+        window = _attention.window(Tk - Tq, left, Tq if right < 0 <= left else right)
+        parts.append(_attention.sa_attention(q_, k_, v_, None, None, *window, scale, variant).transpose(0, 1))
     return torch.cat([*parts, q.new_zeros((q.shape[0] - stop, q.shape[1], v.shape[2]))])
 
 

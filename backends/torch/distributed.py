@@ -353,7 +353,7 @@ class _Tile(NamedTuple):
         keep = self.of(mask)
         if self.seen is not None:
             keep = self.seen if keep is None else self.seen & keep
-        return _attention._scores(q, k, v, added, keep, None, ring.scale)
+        return _attention._scores(q, k, v, added, keep, None, -1, ring.scale)
 
 
 class _RingAttention(Function):

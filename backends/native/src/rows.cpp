@@ -254,8 +254,8 @@ __attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const
   const Count ties_low = halve<Count>(at_low[0] + at_low[1], plus), ties_high = halve<Count>(at_high[0] + at_high[1], plus);
   const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range : C(0);
   const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range : C(0);
-  // dx = p (g (a + 1 / R) - D) + extremal. Where 1 / R = inverse_range unit overflows, though the sum may not,
-  // the terms are made smaller.
+  // dx = p ((g a - D) + g / R) + extremal: g / R is what is left where softmax saturates, so it is added last. Where
+  // 1 / R = inverse_range unit overflows, though the sum may not, the terms are made smaller.
   const C spare = f.inverse_range * f.unit < kInfinity<C> ? C(1) : C(0x1p-60);
   const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit)),
                   a_scale = all(f.inverse_range * spare), more = all(f.inverse_range * (spare * f.unit)),
@@ -263,7 +263,8 @@ __attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const
                   to_highs = all(to_high * (spare * f.unit)), grow = all(1 / spare);
   write_row(dx, n, means.streams, [&](int64_t i) {
     const Vector<C> v = z.at(i);
-    Vector<C> out = load(means.e + i) * p_scale * (g.at(i) * ((v * unit - lo) * a_scale + more) - Ds);
+    const Vector<C> up = g.at(i);
+    Vector<C> out = load(means.e + i) * p_scale * ((up * ((v * unit - lo) * a_scale) - Ds) + up * more);
     out += v == low ? to_lows : zero;
     out += v == high ? to_highs : zero;
     return participating<kWhole, C>(v, out * grow);

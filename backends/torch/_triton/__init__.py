@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "NAME",
+    "READS_OUTPUT",
     "attention",
     "attention_state",
     "attention_vjp",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 NAME = "triton (not run on a GPU yet)"
+READS_OUTPUT = True
 
 
 def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
