@@ -225,6 +225,7 @@ def check_varlen(
 
 
 def check_variant(variant: str) -> None:
+    """The variant is one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
 
