@@ -138,11 +138,7 @@ class _AttentionVjp(Function):
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
         offset: int | None, left: int, scale: float, variant: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        gradients = torch.ops.sa_softmax.attention_vjp(
-            q, k, v, bias, mask, o, stats, do, offset, left, scale, variant
-        )  # fmt: skip
-        # A Function that is batched returns tensors alone.
-        return *gradients[:3], q.new_empty(0) if bias is None else gradients[3]
+        return torch.ops.sa_softmax.attention_vjp(q, k, v, bias, mask, o, stats, do, offset, left, scale, variant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -6,7 +6,7 @@ defines ``supports``, too. The operators have no derivatives of their own: those
 
 In attention ``offset`` is that of the causal mask, None without one; with ``left`` >= 0, query i sees keys
 j >= i + offset - left only (offset 0 if None). ``stats`` (..., Hq, Tq, 3), in the compute dtype, is what the device's
-own backward pass needs.
+own backward pass needs. ``dbias`` is empty without a bias: PyTorch batches operators that return tensors alone.
 """
 
 from types import ModuleType
@@ -26,7 +26,7 @@ SCHEMAS = {
     ),
     "attention_vjp": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor o, Tensor stats, Tensor do, SymInt? offset,"
-        " SymInt left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias)"
+        " SymInt left, float scale, str variant) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
     ),
     "attention_state": (
         "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt? offset, float scale)"
@@ -104,8 +104,8 @@ def _fake_attention(
 def _fake_attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    dbias = None if bias is None else bias.new_empty(bias.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
@@ -196,8 +196,9 @@ def _vmap_attention_vjp(
     dq, dk, dv, dbias = torch.ops.sa_softmax.attention_vjp(
         q, k, v, bias, mask, o, stats, do, offset, left, scale, variant
     )
-    dbias = None if dbias is None else dbias.reshape(shape)
-    return (dq, dk, dv, dbias), (0, 0, 0, None if dbias is None else 0)
+    if shape is None:
+        return (dq, dk, dv, dbias), (0, 0, 0, None)
+    return (dq, dk, dv, dbias.reshape(shape)), (0, 0, 0, 0)
 
 
 for _name in SCHEMAS:

@@ -51,7 +51,7 @@ def attention(
 def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = q.dtype
     q, k, v, do = _widened(bias, q, k, v, do)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -61,7 +61,7 @@ def attention_vjp(
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
         _array(dq), _array(dk), _array(dv), _optional(dbias), torch.get_num_threads(),
     )  # fmt: skip
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), q.new_empty(0) if dbias is None else dbias
 
 
 def _widened(bias: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -55,7 +55,7 @@ def attention(
 def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from sa_softmax.backends.torch._triton import attention_launch
 
     return attention_launch.attention_vjp(q, k, v, bias, mask, o, stats, do, offset, left, scale, variant)

@@ -72,10 +72,12 @@ def attention(
 def attention_vjp(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, o: Tensor, stats: Tensor, do: Tensor,
     offset: int | None, left: int, scale: float, variant: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     upper, lower = _bounds(offset, left, q.shape[-2], k.shape[-2])
     dq, dk, dv, dbias = _backward(_Shape(q, k, v, bias, mask), stats, do, upper, lower, scale, variant)
-    if bias is not None and dbias is not None:
+    if bias is None or dbias is None:
+        dbias = q.new_empty(0)
+    else:
         if dbias.shape[0] > 1:  # the kernel sums over a batch axis that bias lacks, but not over one of several
             dbias = dbias.reshape(*q.shape[:-3], *dbias.shape[1:])
             dbias = dbias.sum_to_size(*[1] * (dbias.ndim - bias.ndim), *bias.shape)
