@@ -19,7 +19,18 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-__all__ = ["H100", "Device", "Pass", "efficiencies", "efficiency", "hidden_from", "one_pass", "ring", "step", "thresholds"]
+__all__ = [
+    "H100",
+    "Device",
+    "Pass",
+    "efficiencies",
+    "efficiency",
+    "hidden_from",
+    "one_pass",
+    "ring",
+    "step",
+    "thresholds",
+]
 
 
 class Device(NamedTuple):
