@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 VARIANTS = ("product", "normalized")
@@ -33,7 +34,12 @@ class ArrayKind:
 
 def dtype_name(x: Any) -> str:
     """The dtype's name without its framework's prefix: ``torch.float32`` and ``mlx.core.float32`` are ``float32``."""
-    return str(x.dtype).rsplit(".", 1)[-1]
+    return _name(x.dtype)
+
+
+@cache  # NumPy takes long to make a dtype's name
+def _name(dtype: Any) -> str:
+    return str(dtype).rsplit(".", 1)[-1]
 
 
 def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: Any, **like_x: Any) -> int:

@@ -1,6 +1,7 @@
 """NumPy arrays through the kernels of sa-softmax-native: arguments, results and errors are those of the reference."""
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,12 +118,17 @@ def _offset(q: Array, k: Array, is_causal: bool, q_offset: int) -> int | None:
 
 
 def _array(a: Array) -> Any:
-    size = a.itemsize
-    if not a.flags.aligned or any(stride % size for stride in a.strides):  # fields of records
-        a = a.copy()
-    described = c_api.array(a.ctypes.data, a.shape, [stride // size for stride in a.strides])
+    strides = _in_elements(a.strides, a.itemsize)
+    if strides is None or not a.flags.aligned:  # fields of records
+        return _array(a.copy())
+    described = c_api.array(a.ctypes.data, a.shape, strides)
     described.owner = a
     return described
+
+
+@lru_cache(maxsize=1024)
+def _in_elements(strides: tuple[int, ...], size: int) -> tuple[int, ...] | None:
+    return None if any(stride % size for stride in strides) else tuple(stride // size for stride in strides)
 
 
 def _optional(a: Array | None) -> Any:

@@ -9,13 +9,15 @@ j >= i + offset - left only (offset 0 if None). ``stats`` (..., Hq, Tq, 3), in t
 own backward pass needs. ``dbias`` is empty without a bias: PyTorch batches operators that return tensors alone.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["implementation", "reads_output", "register", "supports"]
+__all__ = ["direct", "implementation", "reads_output", "register", "supports"]
 
 SCHEMAS = {
     "row": "(Tensor x, Tensor? where, int axis, str variant) -> Tensor",
@@ -50,6 +52,7 @@ for _name, _schema in SCHEMAS.items():
 
 _IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
 _READ_OUTPUT: set[str] = set()
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
@@ -57,6 +60,8 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
     operators = [operator for operator in SCHEMAS if hasattr(kernels, operator)]
     for operator in operators:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
+        if device == "cpu":
+            _FUNCTIONS[operator] = getattr(kernels, operator)
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
     if kernels.READS_OUTPUT:
@@ -81,6 +86,38 @@ def supports(operator: str, x: Tensor, *others: Tensor) -> bool:
 def reads_output(q: Tensor, v: Tensor) -> bool:
     """Whether the gradient of attention on tensors like these is a kernel's that reads ``o`` and ``stats``."""
     return q.device.type in _READ_OUTPUT and supports("attention_vjp", q, v)
+
+
+def _plain_keys() -> frozenset[int]:
+    """What the dispatcher knows of CPU tensors that are nothing else: no wrapper, no view that is negated lazily."""
+    keys = [torch._C._dispatch_keys(torch.empty(0)).raw_repr()]
+    with torch.inference_mode():
+        keys.append(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+    return frozenset(keys)
+
+
+_PLAIN = _plain_keys()
+
+
+def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
+    """The function behind ``operator``, for eager calls on plain CPU tensors that nothing follows: no derivative, no
+    transformation, no tracer. Through Function and dispatcher a short row takes several times as long."""
+    if torch.compiler.is_compiling() or not supports(operator, x):
+        return None
+    for each in (x, *others):
+        if each is not None and not (
+            torch._C._dispatch_keys(each).raw_repr() in _PLAIN and not (each.requires_grad and torch.is_grad_enabled())
+        ):
+            return None
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    return _FUNCTIONS[operator]
 
 
 # Shapes, for tracing.

@@ -5,8 +5,8 @@ interpreter lock is released while a kernel runs.
 """
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import lru_cache
 from typing import Any
 
 from sa_softmax_native import library_path
@@ -44,10 +44,15 @@ _attention = _function("sa_softmax_attention", *_options, *[_a] * 6, c_int)
 _attention_vjp = _function("sa_softmax_attention_vjp", *_options, *[_a] * 10, c_int)
 
 
-def array(data: int, shape: Sequence[int], strides: Sequence[int]) -> Any:
+def array(data: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """An array at the address ``data``; strides in elements, of any sign."""
+    return _Array(data, *_layout(shape, strides))
+
+
+@lru_cache(maxsize=1024)  # making these takes as long as a call
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, Any, Any]:
     lengths = c_int64 * len(shape)
-    return _Array(data, len(shape), lengths(*shape), lengths(*strides))
+    return len(shape), lengths(*shape), lengths(*strides)
 
 
 def row(dtype: str, variant: str, axis: int, x: Any, where: Any, y: Any, threads: int) -> None:
