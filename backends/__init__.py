@@ -33,6 +33,7 @@ class Entry:
         return isinstance(x, getattr(module, self.array_class, ()))
 
     def installed(self) -> bool:
+        """Whether the framework could be imported; it is not."""
         return importlib.util.find_spec(self.package) is not None
 
     def load(self) -> ModuleType:
@@ -53,6 +54,7 @@ class Entry:
 
     @property
     def package(self) -> str:
+        """The framework's top-level package."""
         return self.array_module.partition(".")[0]
 
     def _import(self, module: str) -> ModuleType:

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends.torch import sa_attention
-from sa_softmax.benchmarks.measure import Figure, cuda, interleave, wall
+from sa_softmax.benchmarks.measure import Figure, Progress, cuda, interleave, wall
 from sa_softmax.benchmarks.shapes import ATTENTION, AttentionShape
 
 __all__ = ["attention", "inputs"]
@@ -26,7 +26,7 @@ def inputs(shape: AttentionShape, dtype: torch.dtype, device: str) -> tuple[Tens
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do
 
 
-def attention(device: str, rounds: int, progress: Callable[[str], Callable[[Any], Any]]) -> Iterator[Figure]:
+def attention(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
     """Both variants, full and causal: forward, and forward with backward in float32 (CPU) or bfloat16 (CUDA); forward
     in bfloat16."""
     for shape in ATTENTION:
@@ -41,7 +41,7 @@ def attention(device: str, rounds: int, progress: Callable[[str], Callable[[Any]
 
 def _figures(
     shape: AttentionShape, is_causal: bool, dtype: torch.dtype, backward: bool, device: str, rounds: int,
-    progress: Callable[[str], Callable[[Any], Any]],
+    progress: Progress,
 ) -> Iterator[Figure]:  # fmt: skip
     q, k, v, do = inputs(shape, dtype, device)
     # Pinned where there is a choice, so that the peer has a name; a CPU has one fused kernel.
@@ -68,5 +68,4 @@ def _figures(
             progress(f"attention {shape}, {label}"),
         )
     for variant in VARIANTS:
-        figure = Figure.of("attention", variant, str(shape), peer, times)
-        yield Figure(**{**vars(figure), "name": f"{variant} {label}"})
+        yield Figure.of("attention", variant, str(shape), peer, times, label)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Clock", "Figure", "cuda", "interleave", "ratios", "wall"]
+__all__ = ["Call", "Clock", "Figure", "Progress", "cuda", "interleave", "ratios", "wall"]
 
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]
 """Seconds that ``count`` calls take."""
+Progress = Callable[[str], Callable[[Any], Any]]
+"""From a title, a wrapper of an iteration that shows how far it is."""
 
 _SAMPLE = 2e-3  # seconds: calls that are shorter are timed several at a time
 _PAUSE = 0.02  # seconds: threads of one runtime's pool spin for a while, and would take cores from the next candidate
@@ -32,10 +34,13 @@ class Figure:
     unit: str = "ms"
 
     @classmethod
-    def of(cls, group: str, name: str, shape: str, peer: str, times: Mapping[str, list[float]]) -> "Figure":
-        """The figure of candidate ``name`` against ``peer`` from what :func:`interleave` measured."""
-        low, middle, high = ratios(times[name], times[peer])
-        return cls(group, name, shape, peer, middle, low, high, 1e3 * statistics.median(times[name]))
+    def of(
+        cls, group: str, candidate: str, shape: str, peer: str, times: Mapping[str, list[float]], part: str = ""
+    ) -> "Figure":
+        """The figure of ``candidate`` against ``peer`` from what :func:`interleave` measured; ``part`` says of what."""
+        low, middle, high = ratios(times[candidate], times[peer])
+        name = f"{candidate} {part}" if part else candidate
+        return cls(group, name, shape, peer, middle, low, high, 1e3 * statistics.median(times[candidate]))
 
 
 def wall(call: Call, count: int) -> float:

@@ -1,15 +1,14 @@
 """Peak memory of attention over long sequences, each candidate in a process of its own.
 
-``python -m sa_softmax.benchmarks.memory CANDIDATE PASS DEVICE LENGTH`` prints the MiB by which memory grows at its peak
-during one call (resident set on Linux, allocations on CUDA); inputs, and all that a short call loads, do not count.
+``python -m sa_softmax.benchmarks.memory CANDIDATE PASS DEVICE LENGTH`` prints what :func:`mebibytes` reads.
 """
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +16,40 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sa_softmax.backends.torch import sa_attention
 from sa_softmax.benchmarks.attention import inputs
-from sa_softmax.benchmarks.measure import Figure
+from sa_softmax.benchmarks.measure import Call, Figure, Progress
 from sa_softmax.benchmarks.shapes import MEMORY, AttentionShape
 
-__all__ = ["memory"]
+__all__ = ["mebibytes", "memory"]
 
 _PASSES = ("forward", "forward + backward")
 
 
-def memory(device: str, rounds: int, progress: Callable[[str], Callable[[Any], Any]]) -> Iterator[Figure]:
+def memory(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
     """Both passes of the normalized variant against SDPA; one run each, since memory is not noisy."""
     if device == "cpu" and sys.platform != "linux":
         raise ValueError(f"the peak of the resident set can be measured on Linux only; this is {sys.platform}")
     for name in _PASSES:
-        mebibytes = {}
-        for candidate in progress(f"memory {MEMORY}, {name}")(("SDPA", "normalized")):
-            module = "sa_softmax.benchmarks.memory"
-            command = [sys.executable, "-m", module, candidate, name, device, str(MEMORY.length)]
-            mebibytes[candidate] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        ratio = mebibytes["normalized"] / mebibytes["SDPA"]
+        peaks = {
+            candidate: mebibytes(candidate, name, device, MEMORY.length)
+            for candidate in progress(f"memory {MEMORY}, {name}")(("SDPA", "normalized"))
+        }
+        ratio = peaks["normalized"] / peaks["SDPA"]
         label = f"normalized {name}, full, float32"
-        yield Figure("memory", label, str(MEMORY), "SDPA", ratio, ratio, ratio, mebibytes["normalized"], "MiB")
+        yield Figure("memory", label, str(MEMORY), "SDPA", ratio, ratio, ratio, peaks["normalized"], "MiB")
 
 
-def _run(candidate: str, part: str, shape: AttentionShape, device: str) -> Callable[[], object]:
+def mebibytes(candidate: str, part: str, device: str, length: int, **environment: str) -> float:
+    """The MiB by which memory grows at its peak during one call, in a process with these variables.
+
+    Counted are the resident set on Linux, allocations on CUDA; not the inputs, nor all that a short call loads.
+    ``candidate`` is "SDPA" or "normalized", ``part`` "forward" or "forward + backward".
+    """
+    command = [sys.executable, "-m", "sa_softmax.benchmarks.memory", candidate, part, device, str(length)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return float(ran.stdout)
+
+
+def _run(candidate: str, part: str, shape: AttentionShape, device: str) -> Call:
     q, k, v, do = inputs(shape, torch.float32, device)
 
     def attend() -> Tensor:

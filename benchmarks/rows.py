@@ -4,7 +4,7 @@ Outputs are allocated before: the first touch of a large one would take longer t
 the functions that users call, which allocate, against a torch.softmax that does, too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,10 @@ from torch import Tensor
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends import torch as backend
 from sa_softmax.backends.torch._row import compose
-from sa_softmax.benchmarks.measure import Figure, cuda, interleave, wall
+from sa_softmax.benchmarks.measure import Call, Figure, Progress, cuda, interleave, wall
 from sa_softmax.benchmarks.shapes import ROWS
 
 __all__ = ["inputs", "rows"]
-
-Call = Callable[[], object]
-Progress = Callable[[str], Callable[[Any], Any]]
 
 
 def inputs(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor]:
@@ -41,8 +38,7 @@ def rows(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
             times = interleave(calls, rounds, cuda if device == "cuda" else wall, progress(f"rows {label}, {part}"))
             peer, *candidates = calls
             for name in candidates:
-                figure = Figure.of("rows", name, label, peer, times)
-                yield Figure(**{**vars(figure), "name": f"{name} {part}"})
+                yield Figure.of("rows", name, label, peer, times, part)
         if device == "cpu":
             yield from _onnxruntime(x.numpy(), label, rounds, progress)
 
@@ -117,8 +113,7 @@ def _onnxruntime(x: np.ndarray[Any, Any], label: str, rounds: int, progress: Pro
     peer, *names = calls
     times = interleave(calls, rounds, wall, progress(f"rows {label}, custom op"))
     for name in names:
-        figure = Figure.of("rows", name, label, peer, times)
-        yield Figure(**{**vars(figure), "name": f"{name} custom op"})
+        yield Figure.of("rows", name, label, peer, times, "custom op")
 
 
 def _session(operator: str, domain: str, x: np.ndarray[Any, Any], **attributes: Any) -> Call:

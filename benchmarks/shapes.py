@@ -22,6 +22,7 @@ class AttentionShape:
 
     @property
     def qkv(self) -> tuple[int, int, int, int]:
+        """The shape of each of q, k and v."""
         return self.batch, self.heads, self.length, self.dimension
 
     def __str__(self) -> str:

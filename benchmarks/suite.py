@@ -3,11 +3,10 @@
 import importlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Any
 
-from sa_softmax.benchmarks.measure import Figure
+from sa_softmax.benchmarks.measure import Figure, Progress
 
 __all__ = ["GROUPS", "figures", "machine"]
 
@@ -17,8 +16,6 @@ GROUPS = {
     "attention": "against scaled_dot_product_attention",
     "memory": "peak of attention over a long sequence",
 }
-
-Progress = Callable[[str], Callable[[Any], Any]]
 
 
 def figures(groups: Sequence[str], *, device: str, rounds: int, progress: Progress) -> Iterator[Figure]:

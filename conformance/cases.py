@@ -44,6 +44,7 @@ class Case:
 
     @property
     def group(self) -> str:
+        """The first part of the id."""
         return self.id.partition("/")[0]
 
 

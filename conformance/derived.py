@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sa_softmax._validate import DTYPES
 from sa_softmax.conformance import golden
 from sa_softmax.conformance.golden import EXACT, Record
-from sa_softmax.conformance.inputs import DTYPES, largest, numpy_dtype
+from sa_softmax.conformance.inputs import largest, numpy_dtype
 
 __all__ = ["Derived", "attention_records", "row_records"]
 

@@ -26,6 +26,7 @@ mp = oracle.mp
 
 
 def inputs() -> Iterator[RowInput | AttentionInput]:
+    """What the golden records are made of, in their order."""
     yield from row_inputs()
     yield from attention_inputs()
 

@@ -65,9 +65,11 @@ class Record:
 
     @property
     def is_attention(self) -> bool:
+        """Whether this is a record of attention, not of the row operation."""
         return "q" in self.inputs
 
     def outputs(self) -> tuple[str, ...]:
+        """The names that :meth:`expected` knows."""
         return tuple(name for name in self._expected if not name.endswith("_scale"))
 
     def expected(self, output: str, variant: str) -> Expected:
@@ -120,6 +122,7 @@ def digest(directory: Path = DIRECTORY) -> str:
 
 
 def input_file(dtype: np.dtype[Any]) -> str:
+    """Which of FILES holds input tensors of ``dtype``."""
     return "inputs_float64.safetensors" if dtype == np.float64 else "inputs.safetensors"
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sa_softmax._validate import DTYPES
+
 __all__ = [
-    "DTYPES",
     "LENGTHS",
     "SCALES",
     "AttentionInput",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 LENGTHS = (
     1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257,
@@ -48,10 +47,12 @@ SCALES = {
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of one of DTYPES; NumPy itself has no bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def largest(dtype: str) -> float:
+    """The largest finite number of ``dtype``."""
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
 
 
@@ -115,6 +116,7 @@ class Draw:
         return np.array([self.random.randrange(1000) < 1000 * share for _ in range(size)], bool).reshape(shape)
 
     def choice(self, count: int, *shape: int) -> Array:
+        """Integers from 0 to ``count`` - 1."""
         size = int(np.prod(shape))
         return np.array([self.random.randrange(count) for _ in range(size)], np.uint8).reshape(shape)
 

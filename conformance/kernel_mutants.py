@@ -14,7 +14,7 @@ import numpy as np
 from sa_softmax import reference
 from sa_softmax.backends.numpy.adapter import ReferenceAdapter
 from sa_softmax.backends.protocol import Array, Backend, Gradients
-from sa_softmax.conformance.mutants import Mutant
+from sa_softmax.conformance.mutants import Mutant, _overflowing_factor, _softmax_unshifted
 
 __all__ = ["KernelMutant", "When", "kernel_mutants"]
 
@@ -50,26 +50,14 @@ def kernel_mutants() -> dict[str, Backend]:
 
 # Mistakes of the row operation.
 
-_unshifted: dict[str, Any] = {
-    "_softmax": lambda z, on, axis: (_normalized(np.where(on, np.exp(z), 0), axis), *_extrema(z, on, axis))
-}
+_unshifted: dict[str, Any] = {"_softmax": _softmax_unshifted}
 _nan_zero_range: dict[str, Any] = {
     "_factor": lambda a, b: (np.minimum(a, 0), np.ones_like(a), np.maximum(b, 0) - np.minimum(a, 0))
 }
-_overflowing_range: dict[str, Any] = {
-    "_factor": lambda a, b: (
-        np.minimum(a, 0), np.ones_like(a),
-        np.where(np.maximum(b, 0) == np.minimum(a, 0), np.inf, np.maximum(b, 0) - np.minimum(a, 0)),
-    )
-}  # fmt: skip
+_overflowing_range: dict[str, Any] = {"_factor": _overflowing_factor}
 _unclamped_range: dict[str, Any] = {
     "_factor": lambda a, b: _factor(a, b) if (a <= 0).all() and (b >= 0).all() else (a, np.ones_like(a), b - a)
 }
-
-
-def _normalized(e: Array, axis: int) -> Array:
-    total = e.sum(axis, keepdims=True)
-    return e / np.where(total == 0, 1, total)
 
 
 def _ties_to_the_first(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple[Array, ...]:
@@ -391,11 +379,7 @@ def _attention() -> Iterator[KernelMutant]:
     yield mutant("ties-of-a-block", **_ties_of_a_block(2))
     yield mutant("ties-to-every-key", _shares=lambda *given: tuple((s > 0).astype(s.dtype) for s in _shares(*given)))
     for dtype in ("float32", "float64"):
-        yield mutant(
-            f"no-maximum-subtracted-in-{dtype}",
-            _of_dtype(dtype),
-            **_unshifted,
-        )  # fmt: skip
+        yield mutant(f"no-maximum-subtracted-in-{dtype}", _of_dtype(dtype), **_unshifted)
     for axis, what in ((-3, "head"), (-2, "query"), (-1, "key")):
         yield mutant(f"dbias-of-the-first-{what}", _sum_to=_dbias_of_the_first(axis))
 
@@ -455,14 +439,9 @@ class _RoundedSums(ReferenceAdapter):
 def _attention_precision() -> Iterator[Backend]:
     yield from map(_RoundedSums, ("o", "dq", "dk", "dv"))
     for dtype in ("float16", "bfloat16"):
+        yield KernelMutant(f"scores-kept-in-{dtype}", "attention", _of_dtype(dtype), _scores=_scores_rounded)
         yield KernelMutant(
-            f"scores-kept-in-{dtype}", "attention",
-            _of_dtype(dtype),
-            _scores=_scores_rounded,
-        )  # fmt: skip
-        yield KernelMutant(
-            f"query-scaled-in-{dtype}", "attention",
-            _of_dtype(dtype),
+            f"query-scaled-in-{dtype}", "attention", _of_dtype(dtype),
             _scores=lambda q, *rest: _scores((q.astype(np.float32) * rest[-1]).astype(q.dtype), *rest[:-1], 1.0),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sa_softmax.conformance.cases import Case, cases
-from sa_softmax.conformance.runner import Report, Result
+from sa_softmax.conformance.runner import STATUSES, Report, Result
 
 __all__ = ["matrix", "print_report", "progress"]
 
@@ -39,15 +39,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"[red]problem[/] {problem}")
     if failed:
         console.print(f"clauses of docs/spec.md touched by failures: {_clauses(failed)}")
-    counts = ", ".join(
-        f"{report.count(status)} {name}"
-        for status, name in (
-            ("passed", "passed"),
-            ("failed", "failed"),
-            ("skipped", "skipped"),
-            ("expected", "expected"),
-        )
-    )
+    counts = ", ".join(f"{report.count(status)} {status}" for status in STATUSES)
     worst = report.worst()
     closest = f"; closest to its bound: {worst.id} at {worst.error:.2f}" if worst and worst.error else ""
     verdict = "[green]conforms[/]" if report.ok else "[red]does not conform[/]"
@@ -75,8 +67,8 @@ def matrix(reports: Sequence[Report]) -> Table:
 
 
 def _table(report: Report) -> Table:
-    title = f"{report.backend} ({report.version}, {report.implementation}) on {report.device}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    name = f"{report.backend} ({report.version}, {report.implementation}) on {report.device}"
+    table = Table(title=name, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
     table.add_column("group", no_wrap=True)
     for title in ("passed", "failed", "expected", "skipped", "worst\nforward", "worst\ngradient"):
         table.add_column(title, justify="right")

@@ -16,17 +16,20 @@ from sa_softmax.backends.protocol import OPERATIONS, Backend
 from sa_softmax.conformance import golden
 from sa_softmax.conformance.cases import Case, Mismatch, cases
 
-__all__ = ["SPEC_VERSION", "SUITE_VERSION", "Report", "Result", "execute", "load", "parametrize", "run"]
+__all__ = ["SPEC_VERSION", "STATUSES", "SUITE_VERSION", "Report", "Result", "execute", "load", "parametrize", "run"]
 
 SPEC_VERSION = "1.0"
 SUITE_VERSION = "1.0"
+
+STATUSES = ("passed", "failed", "skipped", "expected")
+"""What a case can come to: skipped is what the backend does not declare, expected what failed as it was said to."""
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of one case.
 
-    status: "passed", "failed", "skipped" (not declared by the backend) or "expected" (failed, as the expectations say).
+    status: one of STATUSES.
     error: the largest error in units of its bound; at most 1 for a pass. None if nothing was measured.
     """
 
@@ -55,10 +58,12 @@ class Report:
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
 
     def count(self, status: str) -> int:
+        """How many cases came to ``status``."""
         return sum(result.status == status for result in self.results)
 
     @property
     def ok(self) -> bool:
+        """Whether the backend conforms: no case failed, and the run itself has no problem."""
         return not self.problems and not self.count("failed")
 
     def worst(self) -> Result | None:
@@ -69,7 +74,7 @@ class Report:
     def write(self, path: Path) -> None:
         """Write the report as JSON, one case a line."""
         head = {key: value for key, value in asdict(self).items() if key != "results"}
-        head["counts"] = {status: self.count(status) for status in ("passed", "failed", "skipped", "expected")}
+        head["counts"] = {status: self.count(status) for status in STATUSES}
         lines = ",\n".join("  " + json.dumps(_line(result)) for result in self.results)
         path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n{lines}\n ]\n}}\n')
 

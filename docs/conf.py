@@ -10,7 +10,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "figures", "conformance"]
-nitpicky = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures have them; descriptions say shapes

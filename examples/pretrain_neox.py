@@ -47,6 +47,8 @@ class TextError(Exception):
 
 @dataclass(frozen=True)
 class Size:
+    """The shape of a model and of its batches; ``steps`` is the default budget."""
+
     width: int
     layers: int
     heads: int
@@ -157,6 +159,7 @@ def train(
 
 
 def curve(log: list[dict[str, Any]]) -> Curve:
+    """Of what Trainer has logged."""
     return [(entry["step"], entry["eval_loss"] / math.log(2)) for entry in log if "eval_loss" in entry]
 
 

@@ -41,6 +41,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within what is allowed, or nothing was measured."""
         return self.error is None or self.error <= 1
 
     def __str__(self) -> str:
@@ -60,6 +61,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every finding is."""
         return all(finding.ok for finding in self.findings)
 
     def __str__(self) -> str:

@@ -28,17 +28,17 @@ def _app() -> Callable[[], None]:
 
     from sa_softmax import backends as registry
     from sa_softmax._bench import add_command as add_bench
-    from sa_softmax._onnx import add_commands
+    from sa_softmax._onnx import add_commands as add_onnx
 
-    title = "Self-Adjust Softmax: backends, conformance, ONNX."
-    app = typer.Typer(no_args_is_help=True, add_completion=False, help=title)
+    about = "Self-Adjust Softmax: backends, conformance, ONNX, benchmarks."
+    app = typer.Typer(no_args_is_help=True, add_completion=False, help=about)
     console = Console()
 
     def fail(error: Exception) -> typer.Exit:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return typer.Exit(2)
 
-    add_commands(app, fail)
+    add_onnx(app, fail)
     add_bench(app, fail)
 
     @app.command()

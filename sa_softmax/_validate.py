@@ -54,7 +54,9 @@ def check_softmax(kind: ArrayKind, x: Any, *, axis: int, variant: str, where: An
     _check_dtype("x", x, DTYPES, "a floating dtype")
     for name, array in like_x.items():
         if tuple(array.shape) != tuple(x.shape):
-            raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(array.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(array.shape)}. Broadcast it first"
+            )
         _check_dtype(name, array, (dtype_name(x),), "the dtype of x")
     rank = len(x.shape)
     if rank == 0:
@@ -105,13 +107,17 @@ def check_attention(
     if not tuple(q.shape[:-3]) == tuple(k.shape[:-3]) == tuple(v.shape[:-3]):
         raise ValueError(f"q, k and v must have the same batch axes; got {shapes}. Expand them to one batch shape")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same last axis D; got {shapes}")
+        raise ValueError(
+            f"q and k must have the same last axis D; got {shapes}. Transpose one that is (..., D, length)"
+        )
     if k.shape[-3:-1] != v.shape[-3:-1]:
-        raise ValueError(f"k and v must have the same heads Hkv and length Tk; got {shapes}")
+        raise ValueError(
+            f"k and v must have the same heads Hkv and length Tk; got {shapes}. Take both from the same tokens"
+        )
     if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3] != 0:
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key/value heads; "
-            f"got {q.shape[-3]} and {k.shape[-3]} ({shapes})"
+            f"got {q.shape[-3]} and {k.shape[-3]} ({shapes}). The axes are (..., heads, length, dimension)"
         )
     scores = (*q.shape[:-1], k.shape[-2])
     _check_mask("mask", mask, scores, "the scores (..., Hq, Tq, Tk)")
@@ -121,7 +127,9 @@ def check_attention(
     output = (*q.shape[:-1], v.shape[-1])
     for name, array in like_output.items():
         if tuple(array.shape) != output:
-            raise ValueError(f"{name} must have the shape of the output, {output}; got {tuple(array.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of the output, {output}; got {tuple(array.shape)}. Broadcast it first"
+            )
         _check_dtype(name, array, (dtype,), "the dtype of q")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False; got {is_causal!r}. A mask array goes to mask=")
@@ -153,7 +161,7 @@ def check_implementation(implementation: str | None, known: tuple[str, ...]) -> 
     """A choice of implementation is None or one of those that the backend knows."""
     if implementation is not None and implementation not in known:
         names = ", ".join(map(repr, known))
-        raise ValueError(f"implementation must be None or one of {names}; got {implementation!r}")
+        raise ValueError(f"implementation must be None or one of {names}; got {implementation!r}. None chooses")
 
 
 def check_lengths(kind: ArrayKind, name: str, lengths: Any, batch: int) -> None:
@@ -179,7 +187,10 @@ def check_positions(kind: ArrayKind, positions: Any, tq: int, tk: int) -> None:
     """Check the positions of queries and keys: None, one array for both, or a pair of an array or None."""
     pair = positions if isinstance(positions, tuple) else (positions, positions)
     if len(pair) != 2:
-        raise ValueError(f"positions must be one array, or a pair (of queries, of keys); got {len(pair)}")
+        raise ValueError(
+            f"positions must be one array, or a pair (of queries, of keys); got a tuple of {len(pair)}. "
+            "Join those of several parts into one array"
+        )
     for of, array, length in zip(("queries", "keys"), pair, (tq, tk), strict=True):
         if array is None:
             continue
@@ -222,6 +233,7 @@ def check_varlen(
 
 
 def check_variant(variant: str) -> None:
+    """The variant is one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
 

@@ -15,6 +15,10 @@ from sa_softmax.backends import REGISTRY
 VARIANTS = ("product", "normalized")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+Array = np.ndarray[Any, Any]
+
 # Rows in which every clause about corners shows: ties, zeros, signs, exclusion, extremes.
 CORNER_ROWS = {
     "zeros": [0.0, 0.0, 0.0],
@@ -35,6 +39,13 @@ CORNER_ROWS = {
     "far apart": [-500.0, 500.0, 0.0],
     "tiny": [-1e-30, 2e-30, 1e-30],
 }
+CORNERS = np.full((len(CORNER_ROWS), max(map(len, CORNER_ROWS.values()))), -np.inf)
+"""CORNER_ROWS as one array, filled up with entries that do not participate."""
+for _corner, _values in zip(CORNERS, CORNER_ROWS.values(), strict=True):
+    _corner[: len(_values)] = _values
+
+GARBAGE = np.array([np.nan, np.inf, -np.inf, 3e38])
+"""What the entries of a row of CORNERS may hold where a mask excludes them."""
 
 
 def backends() -> list[Any]:
@@ -77,6 +88,29 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def finfo(dtype: np.dtype[Any]) -> Any:
     return importlib.import_module("ml_dtypes").finfo(dtype)
+
+
+def randn(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(numpy_dtype(dtype))
+
+
+def assert_close(actual: Array, expected: Array, *, size: Any = 1.0, ulps: float = 8) -> None:
+    """Within ``ulps`` roundoffs of ``size``, the magnitude of the terms that make up a value; NaN exactly where due."""
+    got = actual.astype(np.float64)
+    assert got.shape == expected.shape
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    error = np.where(np.isnan(got), 0, abs(got - expected))
+    allowed = ulps * float(finfo(actual.dtype).eps) * np.maximum(abs(np.nan_to_num(expected)), size)
+    assert (error <= allowed).all(), f"off by {np.max(error / allowed):.3g} of what is allowed"
+
+
+def derivative_size(x: Array, where: Array | None, variant: str) -> Array:
+    """Per row, the magnitude of the terms of a derivative along a direction of size 1."""
+    on = (x != -np.inf) if where is None else where & (x != -np.inf)
+    lo = np.min(x, -1, keepdims=True, where=on, initial=0).astype(np.float64)
+    hi = np.max(x, -1, keepdims=True, where=on, initial=0).astype(np.float64)
+    R = hi - lo
+    return 4 * (1 + np.maximum(hi, -lo) if variant == "product" else 1 + 1 / np.where(R == 0, np.inf, R))
 
 
 # The definitions, in the precision that mpmath is set to.

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_strict as strict
 import numpy as np
 import pytest
-from support import CORNER_ROWS, VARIANTS
+from support import CORNER_ROWS, variants
 
 from sa_softmax import reference
 from sa_softmax.backends import array_api, protocol
@@ -19,7 +19,6 @@ from sa_softmax.backends.array_api.adapter import Adapter
 Array = np.ndarray[Any, Any]
 
 CPU = strict.Device("CPU_DEVICE")
-variants = pytest.mark.parametrize("variant", VARIANTS)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 

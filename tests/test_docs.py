@@ -94,7 +94,9 @@ ELSEWHERE = {
 """The pages whose blocks another file runs, beside the tests of what they are about."""
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # PyTorch's own, where it compiles
+# PyTorch's own, where it compiles.
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in PAGES[page]:

@@ -11,7 +11,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype
+import support
+from support import (
+    CORNER_ROWS,
+    CORNERS,
+    FLOATS,
+    GARBAGE,
+    VARIANTS,
+    derivative_size,
+    finfo,
+    numpy_dtype,
+    randn,
+    variants,
+)
 
 jax = pytest.importorskip("jax", exc_type=ImportError)
 
@@ -27,7 +39,6 @@ NAN, INF = np.nan, np.inf
 Array = np.ndarray[Any, Any]
 Function = Callable[..., Any]
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
 # For the tests whose question is not what XLA's optimisations do to the values.
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 
@@ -38,30 +49,16 @@ def x64() -> Iterator[None]:
         yield
 
 
-def randn(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(numpy_dtype(dtype))
-
-
 def wide(x: Array | None) -> Array | None:
     """In float64, where the reference is exact as seen from float32."""
     return None if x is None or x.dtype == bool else x.astype(np.float64)
 
 
-def assert_close(actual: Any, expected: Array, *, size: Any = 1.0, ulps: float = 8) -> None:
-    """Within ``ulps`` roundoffs of ``size``, the magnitude of the terms that make up a value; NaN exactly where due."""
-    got = np.asarray(actual).astype(np.float64)
-    assert got.shape == expected.shape
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    error = np.where(np.isnan(got), 0, abs(got - expected))
-    allowed = ulps * float(finfo(actual.dtype).eps) * np.maximum(abs(np.nan_to_num(expected)), size)
-    assert (error <= allowed).all(), f"off by {np.max(error / allowed):.3g} of what is allowed"
+def assert_close(actual: Any, expected: Array, **tolerance: Any) -> None:
+    support.assert_close(np.asarray(actual), expected, **tolerance)
 
 
-# The corner rows as one array, filled up with entries that do not participate.
-
-WIDTH = max(map(len, CORNER_ROWS.values()))
-ROWS = np.array([row + [-INF] * (WIDTH - len(row)) for row in CORNER_ROWS.values()], np.float32)
-GARBAGE = np.array([NAN, INF, -INF, 3e38], np.float32)[:WIDTH]
+ROWS = CORNERS.astype(np.float32)
 
 
 @pytest.fixture(params=["-inf", "where"])
@@ -71,16 +68,7 @@ def rows(request: pytest.FixtureRequest) -> tuple[Array, Array | None]:
         return ROWS, None
     where = ROWS != -INF
     where[1::3, 0] = False
-    return np.where(where, ROWS, GARBAGE), where
-
-
-def derivative_size(x: Array, where: Array | None, variant: str) -> Array:
-    """Per row, the magnitude of the terms of a derivative along a direction of size 1."""
-    on = (x != -INF) if where is None else where & (x != -INF)
-    lo = np.min(x, -1, keepdims=True, where=on, initial=0).astype(np.float64)
-    hi = np.max(x, -1, keepdims=True, where=on, initial=0).astype(np.float64)
-    R = hi - lo
-    return 4 * (1 + np.maximum(hi, -lo) if variant == "product" else 1 + 1 / np.where(R == 0, INF, R))
+    return np.where(where, ROWS, GARBAGE.astype(np.float32)), where
 
 
 def row_operation(variant: str) -> Function:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import VARIANTS, numpy_dtype
+from support import randn, variants
 
 jax = pytest.importorskip("jax", exc_type=ImportError)
 
@@ -23,12 +23,7 @@ from sa_softmax.backends.jax.adapter import QUICK_COMPILATION, BlockwiseAdapter,
 
 Array = np.ndarray[Any, Any]
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
-
-
-def randn(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(numpy_dtype(dtype))
 
 
 def value_and_gradients(f: Callable[..., Any], do: Any, *primals: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FLOATS, VARIANTS, numpy_dtype
+from support import FLOATS, numpy_dtype, variants
 
 from sa_softmax import reference
 
@@ -17,7 +17,6 @@ c_api: Any = pytest.importorskip("sa_softmax_native.c_api", reason="needs pip in
 from sa_softmax.backends import numpy as door  # noqa: E402
 from sa_softmax.backends.numpy import _native  # noqa: E402
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
 Array = np.ndarray[Any, Any]
 
 if door.functions is reference:

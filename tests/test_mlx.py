@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CORNER_ROWS, FLOATS, VARIANTS, finfo, numpy_dtype
+import support
+from support import (
+    CORNER_ROWS,
+    CORNERS,
+    FLOATS,
+    GARBAGE,
+    derivative_size,
+    finfo,
+    numpy_dtype,
+    randn,
+    variants,
+)
 
 mx = pytest.importorskip("mlx.core", exc_type=ImportError)
 
@@ -33,12 +44,6 @@ NAN, INF = np.nan, np.inf
 Array = np.ndarray[Any, Any]
 Function = Callable[..., Any]
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def randn(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(numpy_dtype(dtype))
-
 
 def wide(x: Array) -> Array:
     """In float64, where the reference is exact as seen from float32."""
@@ -49,23 +54,12 @@ def to_mlx(*arrays: Array | None) -> list[Any]:
     return [_to_mlx(array) for array in arrays]
 
 
-def assert_close(actual: Any, expected: Array, *, size: Any = 1.0, ulps: float = 8) -> None:
-    """Within ``ulps`` roundoffs of ``size``, the magnitude of the terms that make up a value; NaN exactly where due."""
+def assert_close(actual: Any, expected: Array, **tolerance: Any) -> None:
     assert isinstance(actual, mx.array)
-    narrow = _to_numpy(actual)
-    got = narrow.astype(np.float64)
-    assert got.shape == expected.shape
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    error = np.where(np.isnan(got), 0, abs(got - expected))
-    allowed = ulps * float(finfo(narrow.dtype).eps) * np.maximum(abs(np.nan_to_num(expected)), size)
-    assert (error <= allowed).all(), f"off by {np.max(error / allowed):.3g} of what is allowed"
+    support.assert_close(_to_numpy(actual), expected, **tolerance)
 
 
-# The corner rows as one array, filled up with entries that do not participate.
-
-WIDTH = max(map(len, CORNER_ROWS.values()))
-ROWS = np.array([row + [-INF] * (WIDTH - len(row)) for row in CORNER_ROWS.values()], np.float32)
-GARBAGE = np.array([NAN, INF, -INF, 3e38], np.float32)[:WIDTH]
+ROWS = CORNERS.astype(np.float32)
 
 
 @pytest.fixture(params=["-inf", "where"])
@@ -75,15 +69,7 @@ def rows(request: pytest.FixtureRequest) -> tuple[Array, Array]:
     if request.param == "-inf":
         return ROWS, where
     where[1::3, 0] = False
-    return np.where(where, ROWS, GARBAGE), where
-
-
-def derivative_size(x: Array, where: Array, variant: str) -> Array:
-    """Per row, the magnitude of the terms of a derivative along a direction of size 1."""
-    lo = np.min(x, -1, keepdims=True, where=where, initial=0).astype(np.float64)
-    hi = np.max(x, -1, keepdims=True, where=where, initial=0).astype(np.float64)
-    R = hi - lo
-    return 4 * (1 + np.maximum(hi, -lo) if variant == "product" else 1 + 1 / np.where(R == 0, INF, R))
+    return np.where(where, ROWS, GARBAGE.astype(np.float32)), where
 
 
 def row_operation(variant: str) -> Function:

@@ -24,6 +24,7 @@ from support import (
     attention_of_rounded_weights,
     finfo,
     numpy_dtype,
+    variants,
     weights_rounding,
 )
 
@@ -37,7 +38,6 @@ from sa_softmax.backends import onnxruntime as door  # noqa: E402
 
 installed = importlib.util.find_spec("sa_softmax_native") is not None
 kernels = pytest.mark.skipif(not installed, reason="needs sa-softmax-native: pip install ./backends/native")
-variants = pytest.mark.parametrize("variant", VARIANTS)
 floats = pytest.mark.parametrize("dtype", FLOATS)
 
 Array = np.ndarray[Any, Any]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FLOATS, VARIANTS, finfo, numpy_dtype
+from support import FLOATS, finfo, numpy_dtype, variants
 
 from sa_softmax import reference
 
@@ -23,7 +23,6 @@ from sa_softmax_native import c_api
 
 Array = np.ndarray[Any, Any]
 NAN = np.nan
-variants = pytest.mark.parametrize("variant", VARIANTS)
 floats = pytest.mark.parametrize("dtype", FLOATS)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CORNER_ROWS, FLOATS, VARIANTS, numpy_dtype
+from support import CORNERS, FLOATS, VARIANTS, numpy_dtype
 
 from sa_softmax import reference
 from sa_softmax.conformance import cases, run
@@ -23,7 +23,6 @@ from sa_softmax.onnx_export.bounds import expected  # noqa: E402
 from sa_softmax.onnx_export.operators import MIN_OPSET, SCHEMAS, nodes_of  # noqa: E402
 
 OPSETS = range(MIN_OPSET, onnx.defs.onnx_opset_version() + 1)
-ROWS = np.array([row + [-np.inf] * (4 - len(row)) for row in CORNER_ROWS.values()])
 NAN_ROWS = np.array([[1, np.nan, 2, -1], [1, np.inf, 2, -np.inf], [np.nan, 1, 2, 3], [0, 0, np.nan, 0]])
 
 
@@ -124,7 +123,7 @@ def test_adapter_refuses_results_of_the_wrong_implementation(monkeypatch: pytest
 def test_rows(operator: str, dtype: str, masked: bool, variant: str, client: Callable[..., Any]) -> None:
     if dtype == "bfloat16" and client is run_in_onnxruntime:
         pytest.skip("onnxruntime's Python has no bfloat16; the conformance suite goes through float32")
-    x = np.concatenate([ROWS, NAN_ROWS]).astype(numpy_dtype(dtype))
+    x = np.concatenate([CORNERS, NAN_ROWS]).astype(numpy_dtype(dtype))
     inputs = {"X": x}
     if operator == "SASoftmaxGrad":
         inputs["G"] = np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype)

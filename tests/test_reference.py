@@ -22,6 +22,7 @@ from support import (
     numpy_dtype,
     sa_softmax_row,
     stretches,
+    variants,
 )
 
 from sa_softmax.reference import (
@@ -47,7 +48,6 @@ def value(x: Array, g: Array, **options: Any) -> Array:
     return sa_softmax(x, **options)
 
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
 operations = pytest.mark.parametrize("operation", [value, sa_softmax_vjp, sa_softmax_jvp])
 derivatives = pytest.mark.parametrize("derivative", [sa_softmax_vjp, sa_softmax_jvp])
 examples = settings(deadline=None, max_examples=60, derandomize=True)

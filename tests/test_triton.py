@@ -22,7 +22,7 @@ def test_kernels_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     counts = re.search(r"(\d+) passed", run.stdout)
     assert counts is not None
-    assert int(counts[1]) >= 25
+    assert int(counts[1]) >= 24  # and CUDA graphs, which are skipped without CUDA
 
 
 def test_registers_and_spills_keep_their_bounds(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ __all__ = ["Adapter"]
 
 
 class Adapter:
+    """The public functions on arrays of array-api-strict; no gradients."""
+
     name = "array_api"
     version = f"array-api-strict {xp.__version__}"
     implementation = "array API functions"

@@ -145,8 +145,8 @@ def _forward(static: _Static, inputs: _Inputs) -> tuple[jax.Array, _Stats]:
     B, H, Tq, _ = inputs.q.shape
     compute = COMPUTE_DTYPE[dtype_name(inputs.q)]
     dtypes = (compute, compute, compute, jnp.int32, jnp.int32)
-    out = [_blocks((B, H, Tq, inputs.v.shape[-1]), inputs.q.dtype, static.bq, 2)]
-    out += [_blocks((B, H, Tq, 1), dtype, static.bq, 2) for dtype in dtypes]
+    out = [_blocks((B, H, Tq, inputs.v.shape[-1]), inputs.q.dtype, static.bq)]
+    out += [_blocks((B, H, Tq, 1), dtype, static.bq) for dtype in dtypes]
     o, *stats = _call(_forward_kernel, static, (B, H, Tq // static.bq), _by_query(static, inputs), out)
     return o, _Stats(*stats)
 
@@ -210,14 +210,14 @@ def _backward(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) ->
     per_query = [do, *stats]
 
     dx_shape = (B, H, Tq, Tk)
-    sums = [_blocks((B, H, Tq, 1), compute, static.bq, 2)] * 2
-    out = [_blocks(inputs.q.shape, inputs.q.dtype, static.bq, 2), *sums]
+    sums = [_blocks((B, H, Tq, 1), compute, static.bq)] * 2
+    out = [_blocks(inputs.q.shape, inputs.q.dtype, static.bq), *sums]
     if inputs.bias is not None:
-        out.append(_blocks(dx_shape, compute, static.bq, 2))
+        out.append(_blocks(dx_shape, compute, static.bq))
     specs = _by_query(static, inputs) + [_query_blocks(x, static) for x in per_query]
     dq, D, S, *dx = _call(_dq_kernel, static, (B, H, Tq // static.bq), specs, out)
 
-    out = [_blocks(x.shape, x.dtype, static.bk, 2) for x in (inputs.k, inputs.v)]
+    out = [_blocks(x.shape, x.dtype, static.bk) for x in (inputs.k, inputs.v)]
     specs = _by_key(static, inputs) + [_group(x, H // Hkv) for x in (*per_query, D, S)]
     dk, dv = _call(_dkv_kernel, static, (B, Hkv, Tk // static.bk), specs, out)
 
@@ -421,14 +421,14 @@ class _Cut(NamedTuple):
     spec: pl.BlockSpec
 
 
-def _blocks(shape: tuple[int, ...], dtype: Any, size: int, axis: int) -> _Cut:
+def _blocks(shape: tuple[int, ...], dtype: Any, size: int) -> _Cut:
     """(B, H, T, n), of which a program has ``size`` rows of one head."""
     block = (None, None, size, shape[-1])
     return _Cut(jax.ShapeDtypeStruct(shape, dtype), pl.BlockSpec(block, lambda b, h, i: (b, h, i, 0)))
 
 
 def _query_blocks(x: jax.Array, static: _Static) -> _Cut:
-    return _Cut(x, _blocks(x.shape, x.dtype, static.bq, 2).spec)
+    return _Cut(x, _blocks(x.shape, x.dtype, static.bq).spec)
 
 
 def _group(x: jax.Array, heads: int) -> _Cut:
@@ -474,7 +474,7 @@ def _by_key(static: _Static, inputs: _Inputs) -> list[_Cut | None]:
         return _Cut(x, pl.BlockSpec(block, at))
 
     q, k, v, dirty, bias, mask = inputs
-    keys = [_Cut(x, _blocks(x.shape, x.dtype, static.bk, 2).spec) for x in (k, v)]
+    keys = [_Cut(x, _blocks(x.shape, x.dtype, static.bk).spec) for x in (k, v)]
     return [_group(q, groups), *keys, _scalar(dirty), per_score(bias), per_score(mask)]
 
 

@@ -1,13 +1,12 @@
 """Partial states of attention on JAX arrays: what is known of a set of keys, so that disjoint sets merge (A11)."""
 
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
-from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul
+from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul, causal_offset
 from sa_softmax.backends.jax._softmax import JAX, _range
 
 __all__ = ["AttentionState", "attention_from_state", "attention_state", "merge_states"]
@@ -48,9 +47,8 @@ def attention_state(
         JAX, q, k, v,
         variant="normalized", bias=bias, mask=mask, is_causal=is_causal, q_offset=q_offset, scale=scale,
     )  # fmt: skip
-    on = mask
-    if is_causal:
-        offset = max(-q.shape[-2], min(operator.index(q_offset), k.shape[-2]))  # any integer is allowed (A4)
+    on, offset = mask, causal_offset(is_causal, q_offset)
+    if offset is not None:
         causal = jnp.arange(k.shape[-2])[None] - jnp.arange(q.shape[-2])[:, None] <= offset
         on = causal if mask is None else causal & mask
     z, on = scores(q, k, bias, on, scale)

@@ -30,6 +30,8 @@ QUICK_COMPILATION = {
 
 
 class Adapter:
+    """The public functions, with the implementation of attention that they choose."""
+
     name = "jax"
     version = f"jax {jax.__version__}"
     implementation = "jax.jit, on the CPU with quick compilation"
@@ -67,12 +69,16 @@ def _by_blocks(
 
 
 class BlockwiseAdapter(Adapter):
+    """Attention by blocks of three queries, so that the suite's short sequences have several."""
+
     name = "jax, by blocks"
     implementation = "xla, blocks of 3 queries, on the CPU with quick compilation"
     attention = staticmethod(_by_blocks)
 
 
 class PallasAdapter(Adapter):
+    """Attention in the Pallas kernels; on a CPU Pallas interprets them."""
+
     name = "jax, pallas"
     implementation = "pallas, interpreted on a CPU"
     attention = staticmethod(partial(sa_attention, implementation="pallas"))
@@ -87,9 +93,7 @@ def _softmax_vjp(x: Any, g: Any, where: Any, **options: Any) -> Any:
     return vjp(g)[0]
 
 
-def _attention(
-    q: Any, k: Any, v: Any, bias: Any, mask: Any, *, attention: Callable[..., Any], **options: Any
-) -> Any:  # fmt: skip
+def _attention(q: Any, k: Any, v: Any, bias: Any, mask: Any, *, attention: Callable[..., Any], **options: Any) -> Any:
     return attention(q, k, v, bias=bias, mask=mask, **options)
 
 

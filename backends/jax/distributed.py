@@ -111,9 +111,9 @@ def ring_attention(
         )
     ring = _Ring(mesh, axis_name, variant, is_causal, scale, function)
     q, k, v = (_pad(x, -2, chunks) for x in (q, k, v))
-    scores = [_pad_scores(x, q.ndim, (chunks, chunks)) for x in (array, mask)]
+    array, mask = (_pad_scores(x, q.ndim, (chunks, chunks)) for x in (array, mask))
     i, j = (_pad(x, 0, chunks, NOWHERE) for x in (i, j))
-    return _compiled(ring, q, k, v, scores[0], tuple(parameters), scores[1], i, j)[..., :tq, :]
+    return _compiled(ring, q, k, v, array, tuple(parameters), mask, i, j)[..., :tq, :]
 
 
 def decode(

@@ -14,6 +14,8 @@ __all__ = ["Adapter"]
 
 
 class Adapter:
+    """The public functions and their ``mx.vjp``, on the CPU and, where there is one, on Metal."""
+
     name = "mlx"
     version = f"mlx {importlib.metadata.version('mlx')}"
     implementation = "mlx.core"

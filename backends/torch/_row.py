@@ -19,7 +19,7 @@ __all__ = ["apply", "bounds", "compose", "participating", "sa_softmax", "softmax
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
     if (kernel := _kernels.direct("row", x, where)) is not None:
-        return kernel(x, where, axis, variant)  # type: ignore[no-any-return]
+        return kernel(x, where, axis, variant)
     return apply(_Softmax, compose, x, where, axis, variant)
 
 

@@ -13,6 +13,8 @@ __all__ = ["Adapter"]
 
 
 class Adapter:
+    """The public functions and their gradient by ``torch.autograd``, on every device that PyTorch has."""
+
     name = "torch"
     version = f"torch {torch.__version__}"
     operations: tuple[str, ...] = OPERATIONS

@@ -1,7 +1,7 @@
 """Draws the pictures of the documentation:  python docs/figures [--output FOLDER] [NAME ...]
 
-gradient, jacobians and corners come from the reference; accuracy from every installed backend; maps trains a model for
-a minute; speed measures this machine.
+gradient, jacobians and corners come from the reference; ring from a model of links; accuracy from every installed
+backend; maps trains a model for a minute; speed measures this machine. measure_ring.py beside them prints a table.
 """
 
 import argparse
@@ -12,12 +12,14 @@ from corners import corners
 from gradient import gradient, jacobians
 from maps import maps
 from rich.progress import track
+from ring import ring
 from speed import speed
 
-PICTURES = {each.__name__: each for each in (gradient, jacobians, corners, accuracy, maps, speed)}
+PICTURES = {each.__name__: each for each in (gradient, jacobians, corners, ring, accuracy, maps, speed)}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draw the pictures that the command line names."""
     parser = argparse.ArgumentParser(description="Draw the pictures of the documentation.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(PICTURES)}; all by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "pictures", help="a folder")

@@ -62,6 +62,7 @@ def _backends() -> Iterator[tuple[str, Any]]:
 
 
 def accuracy(path: Path) -> None:
+    """Draw the errors of all backends, a panel for each variant."""
     figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
     grid = figure.subplots(1, 2, sharey=True)
     for axes, variant in zip(grid, VARIANTS, strict=True):

@@ -1,8 +1,5 @@
-"""Attention against length: time and memory, forward with backward, on this machine."""
+"""Attention against length: time and memory, forward and backward, on this machine."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,12 +8,14 @@ from matplotlib.figure import Figure
 from sa_softmax.backends.torch import _attention, implementation, sa_attention
 from sa_softmax.benchmarks.attention import inputs
 from sa_softmax.benchmarks.measure import interleave
+from sa_softmax.benchmarks.memory import mebibytes
 from sa_softmax.benchmarks.shapes import AttentionShape
 from sa_softmax.benchmarks.suite import machine
 
 __all__ = ["LENGTHS", "speed"]
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
+_PASS = "forward + backward"
 _COLORS = {"softmax: SDPA": "0.25", "normalized": "#0a6ebd", "normalized, PyTorch's own operators": "#7fb2dc"}
 
 
@@ -39,21 +38,19 @@ def _times(length: int) -> dict[str, float]:
 
 
 def _mebibytes(length: int) -> dict[str, float]:
-    found = {}
-    for name, candidate, environment in (
-        ("softmax: SDPA", "SDPA", {}),
-        ("normalized", "normalized", {}),
-        ("normalized, PyTorch's own operators", "normalized", {"SA_SOFTMAX_IMPLEMENTATION": "composition"}),
-    ):
-        command = [sys.executable, "-m", "sa_softmax.benchmarks.memory", candidate, "forward + backward", "cpu"]
-        done = subprocess.run(
-            [*command, str(length)], check=True, capture_output=True, text=True, env=os.environ | environment
-        )
-        found[name] = max(float(done.stdout), 0.1)
-    return found
+    """What memory grows by, of each candidate; at least 0.1, for the logarithmic axis."""
+    found = {
+        "softmax: SDPA": mebibytes("SDPA", _PASS, "cpu", length),
+        "normalized": mebibytes("normalized", _PASS, "cpu", length),
+        "normalized, PyTorch's own operators": mebibytes(
+            "normalized", _PASS, "cpu", length, SA_SOFTMAX_IMPLEMENTATION="composition"
+        ),
+    }
+    return {name: max(each, 0.1) for name, each in found.items()}
 
 
 def speed(path: Path) -> None:
+    """Draw time on the left and memory on the right against length."""
     figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     for axes, measured, title in (

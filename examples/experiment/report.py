@@ -42,6 +42,7 @@ def _accuracies(digits: Sequence[Accuracy]) -> Iterator[list[str]]:
 
 
 def table(results: Sequence[Result]) -> Table:
+    """Losses at each length and gradients, a row for each position encoding and attention."""
     made = Table(title=_TITLE, box=box.SIMPLE_HEAD)
     for title in _columns():
         made.add_column(title, overflow="fold")
@@ -53,6 +54,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def digits_table(digits: Sequence[Accuracy]) -> Table:
+    """Accuracies, a row for each attention."""
     made = Table(title=f"digits: accuracy on {TEST} images held out", box=box.SIMPLE_HEAD)
     for title in ("attention", "accuracy"):
         made.add_column(title)

@@ -56,6 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """What its files are called."""
         return f"{self.attention}-{self.position}-{self.seed}"
 
 
@@ -81,6 +82,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> "Result":
+        """What :func:`train` wrote."""
         content = json.loads(path.read_text())
         content["history"] = [Measured(**each) for each in content["history"]]
         content["held_out"] = {int(length): loss for length, loss in content["held_out"].items()}

@@ -145,12 +145,13 @@ def attention_dq(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """dq of BM queries of one head; terms (6, rows) and places (2, rows) for the kernels that run after it."""
     flags += tl.program_id(0)
     if CAREFUL:
         if tl.load(flags) == 0:
             return
     tile, b, h, start_q, start_k, Tq, Tk, upper, lower = place(
-        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, False
+        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, tiles, upper, lower, VARLEN, False
     )
     row = (tiles - 1 - tile) * BM  # causal: the longest first
     if row >= Tq:
@@ -312,12 +313,13 @@ def attention_dkv(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of BN keys of one head, summed over the query heads of its group."""
     flags += tl.program_id(0)
     if CAREFUL:
         if tl.load(flags) == 0:
             return
     tile, b, hk, start_q, start_k, Tq, Tk, upper, lower = place(
-        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, True
+        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, tiles, upper, lower, VARLEN, True
     )
     row = tile * BN
     if row >= Tk:

@@ -157,12 +157,13 @@ def attention_forward(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """o and stats (rows, 3: maximum, sum, minimum) of BM queries of one head; flags where results are not finite."""
     flags += tl.program_id(0)
     if CAREFUL:
         if tl.load(flags) == 0:
             return
     tile, b, h, start_q, start_k, Tq, Tk, upper, lower = place(
-        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN, False
+        tl.program_id(0), cu_q, cu_k, Hq, Hkv, Tq, Tk, tiles, upper, lower, VARLEN, False
     )
     row = (tiles - 1 - tile) * BM  # causal: the longest first
     if row >= Tq:

@@ -41,6 +41,7 @@ def product(a, b):
 
 @triton.jit
 def finite(x):
+    """x, with 0 where it is NaN or infinite."""
     return tl.where(tl.abs(x.to(tl.float32)) < _INF, x, tl.zeros_like(x))
 
 
@@ -130,10 +131,10 @@ def factor(mn, mx, VARIANT: tl.constexpr):
 
 @triton.jit
 def place(
-    pid, cu_q, cu_k, Hq, Hkv, Tq, Tk, total_q, tiles, upper, lower, VARLEN: tl.constexpr, HEADS_OF_KEYS: tl.constexpr
+    pid, cu_q, cu_k, Hq, Hkv, Tq, Tk, tiles, upper, lower, VARLEN: tl.constexpr, HEADS_OF_KEYS: tl.constexpr
 ):  # fmt: skip
-    """This program's tile, batch, head, first query and key of its sequence, their numbers, its first row of
-    statistics, and the offsets of causal mask and window."""
+    """This program's tile, batch, head, first query and key of its sequence, their numbers, and the offsets of causal
+    mask and window."""
     tile = pid % tiles
     heads = Hkv if HEADS_OF_KEYS else Hq
     h = pid // tiles % heads

@@ -68,7 +68,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Usage:
-    """Of a thread: registers (AMD: vector ones), and bytes of them spilled to memory. Of a program: bytes shared"""
+    """Registers of a thread (AMD: vector ones), bytes of them that it spills, bytes of shared memory of a program."""
 
     registers: int
     spills: int
@@ -76,6 +76,7 @@ class Usage:
 
 
 def instances() -> Iterator[Instance]:
+    """Those of all MODULES."""
     for module in MODULES:
         yield from importlib.import_module(f"sa_softmax.backends.torch._triton.{module}").instances()
 

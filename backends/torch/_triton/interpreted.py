@@ -34,6 +34,8 @@ def install() -> None:
 
 
 class Adapter(adapter.Adapter):
+    """The row kernels."""
+
     name = "torch-triton-interpreted"
     operations: tuple[str, ...] = ("sa_softmax", "sa_softmax_vjp")
     # Not bfloat16: the interpreter cuts off the bits that a GPU rounds to nearest.
@@ -46,6 +48,8 @@ class Adapter(adapter.Adapter):
 
 
 class AttentionAdapter(Adapter):
+    """The attention kernels."""
+
     name = "torch-triton-attention-interpreted"
     operations = ("sa_attention", "sa_attention_vjp")
     dtypes = ("float16", "float32")

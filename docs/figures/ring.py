@@ -1,6 +1,6 @@
-"""When does the ring's communication hide behind its compute?  python docs/simulate_ring.py [FOLDER]
+"""When does the ring's communication hide behind its compute?  python docs/figures/ring.py
 
-Prints the tables of docs/distributed.md and draws docs/pictures/ring.png. The model: N devices hold T / N queries and
+Prints the tables of docs/distributed.md, whose picture is drawn here too. The model: N devices hold T / N queries and
 keys each. In each of the N steps of a pass a device computes its queries against the keys at hand, of which a zig-zag
 causal mask leaves half, while the next keys arrive:
 
@@ -13,12 +13,24 @@ Bytes of a step: K and V in 16 bits forward; backward the same, and dK and dV in
 no overlap of passes with the rest of the layer, and no loss of rate in small tiles.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+
+__all__ = [
+    "H100",
+    "Device",
+    "Pass",
+    "efficiencies",
+    "efficiency",
+    "hidden_from",
+    "one_pass",
+    "ring",
+    "step",
+    "thresholds",
+]
 
 
 class Device(NamedTuple):
@@ -32,7 +44,7 @@ class Device(NamedTuple):
 # An assumption, not a measurement: FlashAttention-3's published rates at D = 128 and T = 16k, and a forward pass of the
 # normalized variant that takes 1.33 times as long, for its third matrix product. Backward has the same five.
 H100 = Device("H100, assumed", 648e12 / 1.33, 561e12)
-# Measured by docs/measure_ring.py, one device, float32, for one core of the machine that made the tables.
+# Measured by measure_ring.py, one device, float32, for one core of the machine that made the tables.
 CPU = Device("one CPU core, measured", 24.9e9, 23.6e9)
 
 # Bytes per second and direction, as published; nothing here was measured.
@@ -45,11 +57,14 @@ LENGTHS = [2**n for n in range(15, 21)]
 
 
 class Pass(NamedTuple):
-    compute: float  # seconds, the whole pass
+    """Seconds of a whole pass: of its compute alone, and with what it waits for the link."""
+
+    compute: float
     taken: float
 
 
 def one_pass(device: Device, bandwidth: float, length: int, n: int, *, backward: bool) -> Pass:
+    """A pass over a sequence of ``length`` on ``n`` devices."""
     compute, link = step(device, bandwidth, length / n, backward=backward)
     homeward = link if backward else 0
     return Pass(n * compute, (n - 1) * max(compute, link) + compute + homeward)
@@ -64,6 +79,7 @@ def step(device: Device, bandwidth: float, part: float, *, backward: bool) -> tu
 
 
 def efficiency(device: Device, bandwidth: float, length: int, n: int) -> float:
+    """The share of forward and backward together that is compute."""
     passes = [one_pass(device, bandwidth, length, n, backward=backward) for backward in (False, True)]
     return sum(p.compute for p in passes) / sum(p.taken for p in passes)
 
@@ -79,6 +95,7 @@ def hidden_from(device: Device, bandwidth: float, *, backward: bool) -> int:
 
 
 def thresholds() -> Iterator[str]:
+    """The lines of the table of links, and from which length each hides."""
     yield "| link | GB/s | compute | tokens per device, forward | backward | T on 64 devices | T on 1024 devices |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for device, links in ((H100, LINKS), (CPU, ETHERNET)):
@@ -90,6 +107,7 @@ def thresholds() -> Iterator[str]:
 
 
 def efficiencies() -> Iterator[str]:
+    """The lines of the table of lengths and numbers of devices."""
     yield "| T | devices | tokens per device | compute, s | " + " | ".join(LINKS) + " |"
     yield "| --- | --- | --- | --- |" + " --- |" * len(LINKS)
     for length in (2**17, 2**20):
@@ -99,7 +117,8 @@ def efficiencies() -> Iterator[str]:
             yield f"| {length // 1024}k | {n} | {length // n} | {compute:.2g} | {' | '.join(cells)} |"
 
 
-def draw(path: Path) -> None:
+def ring(path: Path) -> None:
+    """Draw the efficiency on 64 and on 1024 devices against the length."""
     figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="white")
     for axes, n in zip(figure.subplots(1, 2, sharey=True), (64, 1024), strict=True):
         for name, bandwidth in LINKS.items():
@@ -116,11 +135,6 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def main(folder: Path) -> None:
+if __name__ == "__main__":
     for table in (thresholds(), efficiencies()):
         print(*table, sep="\n", end="\n\n")
-    draw(folder / "ring.png")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures")

@@ -1,4 +1,4 @@
-"""Processor time and memory of ring attention against the number of devices:  python docs/measure_ring.py
+"""Processor time and memory of ring attention against the number of devices:  python docs/figures/measure_ring.py
 
 Prints the table of docs/distributed.md. All devices share the cores of the machine, so what is told is the processor
 time of all devices together: it would stay the same if the ring were free. Memory is XLA's own account of one device:
@@ -63,6 +63,7 @@ def seconds(n: int, backward: bool = True) -> float:
 
 
 def mebibytes(n: int, length: int, dtype: jnp.dtype) -> float:
+    """XLA's account of the memory of one of ``n`` devices."""
     memory = step(n, length, dtype)[0].memory_analysis()
     parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
     return sum(parts) / 2**20
