@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sa_softmax._validate import COMPUTE_DTYPE, ArrayKind, check_attention, check_softmax, dtype_name
+from sa_softmax._validate import COMPUTE_DTYPE, ArrayKind, check_attention, check_softmax, check_variant, dtype_name
 
 __all__ = [
     "AttentionState",
@@ -249,7 +249,11 @@ def attention_from_state(state: AttentionState, *, variant: str = "normalized") 
     """The attention output (..., Hq, Tq, Dv), in the compute dtype, of a state over all keys.
 
     ``product``: (o1 + m o0) / l. ``normalized``: (o1 + (m - lo) o0) / (R l). Rows without keys, or R = 0, give 0.
+
+    Raises:
+        ValueError: unknown variant.
     """
+    check_variant(variant)
     empty = state.l == 0
     l = np.where(empty, 1, state.l)  # noqa: E741
     m = np.where(empty, 0, state.m)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_softmax._validate import COMPUTE_DTYPE, check_attention, dtype_name
+from sa_softmax._validate import COMPUTE_DTYPE, check_attention, check_variant, dtype_name
 from sa_softmax.backends.jax._attention import _by_kv_head, _finite, _matmul, causal_offset
 from sa_softmax.backends.jax._softmax import JAX, _range
 
@@ -69,7 +69,11 @@ def attention_from_state(state: AttentionState, *, variant: str = "normalized") 
     """The attention output (..., Hq, Tq, Dv), in the compute dtype, of a state over all keys.
 
     ``product``: (o1 + m o0) / l. ``normalized``: (o1 + (m - lo) o0) / (R l). Rows without keys, or R = 0, give 0.
+
+    Raises:
+        ValueError: unknown variant.
     """
+    check_variant(variant)
     empty = state.l == 0
     l = jnp.where(empty, 1, state.l)  # noqa: E741
     m = jnp.where(empty, 0, state.m)
