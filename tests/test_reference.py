@@ -756,6 +756,6 @@ def test_subclasses_that_redefine_arithmetic_are_refused(make: Any) -> None:
 
 def test_a_state_knows_two_variants_only() -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 4))
-    state = reference.attention_state(q, k, v)
-    with pytest.raises(ValueError, match="variant must be one of 'product', 'normalized'; got 'softmax'"):
-        reference.attention_from_state(state, variant="softmax")
+    state = attention_state(q, k, v)
+    with pytest.raises(ValueError, match="variant must be one of"):
+        attention_from_state(state, variant="softmax")

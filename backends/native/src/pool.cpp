@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -18,11 +19,28 @@
 namespace sa_softmax {
 namespace {
 
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until done() or for a short while: about as long as it takes to put a thread to sleep and wake it again.
+template <class F>
+void spin(const F& done) {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::microseconds(50);
+  while (!done() && Clock::now() < end)
+    for (int i = 0; i < 16 && !done(); ++i) relax();
+}
+
 struct Batch {
   const std::function<void(int64_t)>& task;
   const int64_t count;
   int64_t openings;  // helpers that may still join; like `helpers`, guarded by the pool's mutex
-  int64_t helpers = 0;
+  std::atomic<int64_t> helpers{0};
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
@@ -42,6 +60,7 @@ class Pool {
   void run(Batch& batch) {
     std::unique_lock<std::mutex> lock(mutex);
     batches_.push_back(&batch);
+    waiting_ = int64_t(batches_.size());
     const int64_t openings = batch.openings;
     for (; started_ < openings; ++started_) try {
         std::thread([this] { help(); }).detach();
@@ -53,6 +72,9 @@ class Pool {
     batch.work();
     lock.lock();
     if (batch.openings > 0) close(batch);
+    lock.unlock();
+    spin([&] { return batch.helpers == 0; });
+    lock.lock();
     left_.wait(lock, [&] { return batch.helpers == 0; });
   }
 
@@ -70,6 +92,10 @@ class Pool {
       batch.work();
       lock.lock();
       if (--batch.helpers == 0) left_.notify_all();
+      if (!batches_.empty()) continue;
+      lock.unlock();
+      spin([&] { return waiting_ > 0; });
+      lock.lock();
     }
   }
   // Nobody joins any more.
@@ -78,12 +104,14 @@ class Pool {
     for (auto at = batches_.begin(); at != batches_.end(); ++at)
       if (*at == &batch) {
         batches_.erase(at);
+        waiting_ = int64_t(batches_.size());
         return;
       }
   }
 
   std::condition_variable wake_, left_;
   std::deque<Batch*> batches_;
+  std::atomic<int64_t> waiting_{0};  // the length of batches_, for those who look without the mutex
   int64_t started_ = 0;
 };
 

@@ -194,7 +194,7 @@ struct Means {
 };
 template <class T>
 INLINE void fetch(const T* p) {
-  __builtin_prefetch(p, 0, 3);
+  __builtin_prefetch(p, 0, 2);  // to the second level: the first holds the row at hand
 }
 
 template <bool kWhole, class R, class Y>
