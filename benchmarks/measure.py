@@ -14,7 +14,7 @@ Clock = Callable[[Call, int], float]
 Progress = Callable[[str], Callable[[Any], Any]]
 """From a title, a wrapper of an iteration that shows how far it is."""
 
-_SAMPLE = 2e-3  # seconds: calls that are shorter are timed several at a time
+_SAMPLE = 5e-3  # seconds: calls that are shorter are timed several at a time
 _PAUSE = 0.02  # seconds: threads of one runtime's pool spin for a while, and would take cores from the next candidate
 
 
@@ -69,8 +69,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate in each of ``rounds`` rounds; ``progress`` wraps the iteration over rounds.
 
-    Each candidate runs before the first round, so that compilation, first touches of memory and thread pools are not
-    counted, and once before each sample. Each round begins with another candidate.
+    Each candidate runs before the first round, so that compilation and first touches of memory are not counted, and
+    before each sample as often as in it: by then its threads are awake, and on processors of their own. Each round
+    begins with another candidate.
     """
     counts = {}
     for name, call in calls.items():
@@ -81,7 +82,7 @@ def interleave(
     for i in progress(range(rounds)):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             time.sleep(_PAUSE)
-            calls[name]()
+            clock(calls[name], counts[name])
             times[name].append(clock(calls[name], counts[name]) / counts[name])
     return times
 

@@ -5,6 +5,7 @@ interpreter lock is released while a kernel runs.
 """
 
 import ctypes
+from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
@@ -44,9 +45,9 @@ _attention = _function("sa_softmax_attention", *_options, *[_a] * 6, c_int)
 _attention_vjp = _function("sa_softmax_attention_vjp", *_options, *[_a] * 10, c_int)
 
 
-def array(data: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+def array(data: int, shape: Iterable[int], strides: Iterable[int]) -> Any:
     """An array at the address ``data``; strides in elements, of any sign."""
-    return _Array(data, *_layout(shape, strides))
+    return _Array(data, *_layout(tuple(shape), tuple(strides)))
 
 
 @lru_cache(maxsize=1024)  # making these takes as long as a call
