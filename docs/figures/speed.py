@@ -26,7 +26,7 @@ def _times(length: int) -> dict[str, float]:
         "softmax: SDPA": torch.nn.functional.scaled_dot_product_attention,
         "normalized": sa_attention,
         "normalized, PyTorch's own operators": lambda q, k, v: _attention.compose(
-            q, k, v, None, None, None, q.shape[-1] ** -0.5, "normalized"
+            q, k, v, None, None, None, -1, q.shape[-1] ** -0.5, "normalized"
         ),
     }
     calls = {
