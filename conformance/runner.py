@@ -159,9 +159,11 @@ def execute(
 def parametrize(backend: Backend, device: str | None = None) -> Any:
     """A pytest mark that gives a test one argument ``check`` per case; the test calls it::
 
-    @parametrize(MyBackend())
-    def test_conformance(check):
-        check()
+        @parametrize(MyBackend())
+        def test_conformance(check):
+            check()
+
+    What the backend does not declare is skipped.
     """
     import pytest
 

@@ -122,12 +122,16 @@ struct Problem {
       return AttentionStrides{call.q.strides[i], call.k.strides[i], call.v.strides[i], bias[i],   mask[i],     o[i],
                               o_grad[i],         q_grad[i],         k_grad[i],         v_grad[i], bias_grad[i]};
     };
-    const auto data = [](const Array* a) { return a != nullptr ? a->data : nullptr; };
+    // An empty array may have no memory. Its address is moved along and never read, which null forbids.
+    static unsigned char nothing;
+    const auto data = [](const Array* a) -> void* {
+      return a == nullptr ? nullptr : a->data == nullptr ? &nothing : a->data;
+    };
     batch_shape.assign(q.begin(), q.begin() + int64_t(rank));
     for (size_t i = 0; i < rank; ++i) batch.push_back(strides(i));
-    job.q = call.q.data;
-    job.k = call.k.data;
-    job.v = call.v.data;
+    job.q = data(&call.q);
+    job.k = data(&call.k);
+    job.v = data(&call.v);
     job.bias = data(call.bias);
     job.mask = static_cast<const uint8_t*>(data(call.mask));
     job.o = data(call.o);
