@@ -78,7 +78,7 @@ sys.exit(bool(failed) or len(ran) < 1000)
 """
 
 
-@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"])
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4+amx", "generic"])
 def test_every_instruction_set_conforms_and_is_exact(level: str) -> None:
     """The proof that it ran is part of the check."""
     environment = os.environ | {"SA_SOFTMAX_INSTRUCTION_SET": level, "SA_SOFTMAX_IMPLEMENTATION": "native"}

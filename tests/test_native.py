@@ -404,7 +404,7 @@ def test_many_threads_and_two_sessions_at_once() -> None:
 
 @kernels
 @pytest.mark.skipif(sys.platform == "win32", reason="reads /proc or sysctl")
-@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "generic"])
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4+amx", "generic"])
 def test_every_instruction_set(level: str) -> None:
     """The same checks under each one that this processor runs, with the proof that it ran."""
     environment = os.environ | {"SA_SOFTMAX_INSTRUCTION_SET": level}

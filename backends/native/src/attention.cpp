@@ -10,11 +10,14 @@
 //     backward    S as above, G = dO V^T with V^T packed likewise; the row gradient turns S into dX and G into Y;
 //                 dV += Y^T dO, dK += dX^T Q, dQ = dX K: again the microkernel, with a transposed
 //
+// Products of bfloat16 forward take pairs, and tiles of them where the processor has those: see Pairs in jobs.h.
+//
 // The rows of a block are as many as keep the scores in the L2 cache, so K, V and their gradients, which stream past them,
 // cost little. Tiles of the products outside of causality and window are left out. A sum runs over keys, or over queries,
 // in order, wherever blocks begin: bits depend on blocks and threads nowhere, except that several parts of a head, whose
 // number follows from the shapes, are added up in order.
 #include "attention_row.h"
+#include "tiles.h"
 
 namespace sa_softmax {
 namespace {
@@ -34,7 +37,7 @@ static_assert(kPanel % kColumns<float> == 0 && kMostRows % kRows == 0);
 //     plain       a(r, i) = a[r * pitch + i]
 //     transposed  a(r, i) = a[i * pitch + r]
 //     scaled      as plain, and c is multiplied by a factor in the end
-//     pairs       as scaled, but an entry of a and b is two bfloat16, whose two products are added (AVX512_BF16)
+//     pairs       as scaled, but an entry of a and b is two bfloat16, whose two products are added
 // Not `add`: c was 0.
 enum class Product { plain, transposed, scaled, pairs };
 
@@ -184,11 +187,10 @@ struct Head {
   }
   // The same with two bfloat16 in a word: neighbours of a row in pack_transposed, neighbouring rows in pack_rows.
   void pack_paired(Range keys) const {
-    const int64_t words = (job.d + 1) / 2;
     for (int64_t j = keys.begin; j < keys.end; j += kColumns<C>) {
-      C* const panel = scratch + job.at.keys + j * words;
+      C* const panel = scratch + job.at.keys + j * job.words;
       const int64_t width = between(0, job.tk - j, kColumns<C>);
-      if (width < kColumns<C>) std::memset(panel, 0, size_t(words * kColumns<C>) * sizeof(C));
+      if (width < kColumns<C> || job.words > job.d / 2) std::memset(panel, 0, size_t(job.words * kColumns<C>) * sizeof(C));
       for (int64_t c = 0; c < width; ++c) {
         const Bfloat* const row = k.data + (j + c) * k.row;
         for (int64_t i = 0; i < job.d / 2; ++i)
@@ -212,7 +214,7 @@ struct Head {
   template <bool kVjp>
   void pack_more(Range keys) {
     if constexpr (kMayPair<T> && !kVjp) {
-      if (job.pairs) return pack_paired(keys);
+      if (job.pairs != Pairs::none) return pack_paired(keys);
     }
     pack_transposed(k, job.d, keys, scratch + job.at.keys);
     if (kVjp) pack_transposed(v, job.dv, keys, scratch + job.at.values);
@@ -243,23 +245,24 @@ struct Block {
   C* const o_grad = scratch + job.at.o_grad;
   C* const output = scratch + job.at.output;
   const int64_t pitch = job.pitch;
-  Range row_keys[kMostRows], group_keys[kMostRows / kRows], keys{0, 0};  // visible to a row, to kRows of them, to all
+  const int64_t group_rows = job.pairs == Pairs::tiles ? kTileRows : kRows;
+  Range row_keys[kMostRows], group_keys[kMostRows / kRows], keys{0, 0};  // visible to a row, to a group of them, to all
 
   Block(const AttentionJob& job, Head<T>& head, int64_t first, int64_t count)
       : job(job), head(head), first(first), count(count) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = (first + r) % job.tq;
       row_keys[r] = {between(0, i + job.from, job.tk), between(0, i + job.to + 1, job.tk)};
-      if (r % kRows == 0) group_keys[r / kRows] = {0, 0};
-      group_keys[r / kRows].include(row_keys[r]);
+      if (r % group_rows == 0) group_keys[r / group_rows] = {0, 0};
+      group_keys[r / group_rows].include(row_keys[r]);
       keys.include(row_keys[r]);
     }
   }
-  int64_t groups() const { return (count + kRows - 1) / kRows; }
-  int64_t rows_of(int64_t group) const { return least(kRows, count - group * kRows); }
+  int64_t groups() const { return (count + group_rows - 1) / group_rows; }
+  int64_t rows_of(int64_t group) const { return least(group_rows, count - group * group_rows); }
   // The columns of scores that hold numbers: of whole panels.
   Range columns(int64_t r) const {
-    const Range g = group_keys[r / kRows];
+    const Range g = group_keys[r / group_rows];
     return g.empty() ? g : Range{g.begin / kPad * kPad, padded(g.end)};
   }
   int64_t row_offset(int64_t r, const AttentionStrides& head_stride, const AttentionStrides& row_stride,
@@ -296,6 +299,20 @@ struct Block {
     }
   }
 
+  // A group's rows times b, by the microkernel; or by tiles, which compute all rows of a group whether they count or not.
+  template <Product kProduct>
+  void product(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+               int64_t depth, int64_t width, bool add, C factor = 1) const {
+    if constexpr (kProduct == Product::pairs) {
+      if (job.pairs == Pairs::tiles) {
+        for (int64_t j = 0; j < width; j += 2 * kTile)
+          (width - j > kTile ? multiply_tiles<2> : multiply_tiles<1>)(a, a_pitch, b + j, b_pitch, c + j, c_pitch, depth,
+                                                                      add, factor);
+        return;
+      }
+    }
+    multiply<C, kProduct>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add, factor);
+  }
   // c[r][j] = factor rows[r] . panel of keys, where row r's group sees keys of the panel
   template <Product kProduct>
   void multiply_panels(const C* rows, int64_t rows_pitch, const C* panels, int64_t n, C factor, C* c) const {
@@ -304,19 +321,22 @@ struct Block {
       for (int64_t d = 0; d == 0 || d < n; d += kDepth)
         for (int64_t g = 0; g < groups(); ++g)
           if (group_keys[g].meets(pad))
-            multiply_rows<C, kProduct, kVectors>(rows + g * kRows * rows_pitch + d, rows_pitch,
-                                                 panels + j * n + d * kColumns<C>, kColumns<C>,
-                                                 c + g * kRows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
-                                                 d > 0, d + kDepth < n ? C(1) : factor);
+            product<kProduct>(rows + g * group_rows * rows_pitch + d, rows_pitch, panels + j * n + d * kColumns<C>,
+                              kColumns<C>, c + g * group_rows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
+                              kColumns<C>, d > 0, d + kDepth < n ? C(1) : factor);
     }
   }
   void multiply_keys() const {
     const C* const panels = scratch + job.at.keys;
     if constexpr (kMayPair<T>) {
-      if (job.pairs)
-        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, (job.d + 1) / 2, C(job.scale), scores);
+      if (job.pairs != Pairs::none)
+        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, job.words, late_scale() == 1 ? C(job.scale) : C(1), scores);
     }
     multiply_panels<Product::scaled>(queries, job.d_pitch, panels, job.d, C(job.scale), scores);
+  }
+  // What is left to multiply the scores by: tiles are best stored as they are.
+  C late_scale() const {
+    return job.pairs == Pairs::tiles && job.bias == nullptr && job.scale > 0 ? C(job.scale) : C(1);
   }
   // -inf marks what does not participate.
   void score() {
@@ -346,8 +366,12 @@ struct Block {
   void load_queries() const {
     load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
     if constexpr (kMayPair<T>) {
-      if (job.pairs)
-        for (int64_t r = 0; r < count; ++r) halve_row(queries + r * job.d_pitch, job.d_pitch);
+      if (job.pairs != Pairs::none)
+        for (int64_t r = 0; r < count; ++r) {
+          C* const row = queries + r * job.d_pitch;
+          halve_row(row, job.d_pitch);
+          for (int64_t i = job.d_pitch / 2; i < job.words; ++i) row[i] = 0;
+        }
     }
   }
   // n numbers, a multiple of 16, as bfloat16 in the first half of their place.
@@ -362,32 +386,37 @@ struct Block {
   void weigh(bool careful) {
     C scales[kMostRows] = {};
     for (int64_t r = 0; r < count; ++r)
-      if (const Range all = columns(r); !all.empty())
-        scales[r] = weights_row<C>(scores + r * pitch + all.begin, all.end - all.begin, job.normalized);
+      if (const Range all = columns(r); !all.empty()) {
+        C* const s = scores + r * pitch;
+        const int64_t n = all.end - all.begin;
+        if constexpr (kMayPair<T>) {
+          if (job.pairs != Pairs::none) {  // a pair of keys stands where the one with half its number would
+            T* const y = reinterpret_cast<T*>(s) + all.begin;
+            scales[r] = weights_row(s + all.begin, n, job.normalized, late_scale(), y);
+            continue;
+          }
+        }
+        scales[r] = weights_row(s + all.begin, n, job.normalized, C(1), s + all.begin);
+      }
     multiply_values(careful);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= scales[r];
   }
   void multiply_values(bool careful) const {
     if constexpr (kMayPair<T>) {
-      if (job.pairs) return multiply_paired_values(careful);
+      if (job.pairs != Pairs::none) return multiply_paired_values(careful);
     }
     multiply_scores(head.v, job.dv, job.dv_pitch, careful);
   }
   // As multiply_scores, with the scores rounded to bfloat16.
   void multiply_paired_values(bool careful) const {
     std::memset(output, 0, size_t(count * job.dv_pitch) * sizeof(C));
-    for (int64_t r = 0; r < count; ++r)
-      if (const Range all = columns(r); !all.empty()) {
-        // A pair of keys stands where the one with half its number would.
-        C* const s = scores + r * pitch;
-        halve_row(s + all.begin, all.end - all.begin);
-        std::memmove(s + all.begin / 2, s + all.begin, size_t(all.end - all.begin) / 2 * sizeof(C));
-      }
+    // Whole panels of keys: the others have no weight.
+    const Range pairs{keys.begin / kPad * kPad / 2, padded(keys.end) / 2};
     for (int64_t d = 0; d < job.dv; d += kColumns<C>) {
       const int64_t width = least(kColumns<C>, job.dv - d);
-      for (int64_t j = keys.begin / 2; 2 * j < keys.end; j += kDepth) {
-        const Range chunk{j, least(j + kDepth, (keys.end + 1) / 2)};
+      for (int64_t j = pairs.begin; j < pairs.end; j += kDepth) {
+        const Range chunk{j, least(j + kDepth, pairs.end)};
         const C* b = scratch + job.at.rows + j * job.dv_pitch + d;
         if (careful) {
           C* const panel = scratch + job.at.panel;
@@ -397,12 +426,12 @@ struct Block {
         }
         const int64_t b_pitch = careful ? kColumns<C> : job.dv_pitch;
         for (int64_t g = 0; g < groups(); ++g) {
-          const int64_t begin = group_keys[g].begin / 2, end = (group_keys[g].end + 1) / 2;
-          const Range seen{begin > j ? begin : j, least(end, chunk.end)};
-          if (!group_keys[g].empty() && !seen.empty())
-            multiply<C, Product::pairs>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
-                                        b_pitch, output + g * kRows * job.dv_pitch + d, job.dv_pitch, rows_of(g),
-                                        seen.end - seen.begin, width, true);
+          const Range all = columns(g * group_rows);
+          const Range seen{all.begin / 2 > j ? all.begin / 2 : j, least(all.end / 2, chunk.end)};
+          if (!seen.empty())
+            product<Product::pairs>(scores + g * group_rows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                    b_pitch, output + g * group_rows * job.dv_pitch + d, job.dv_pitch, rows_of(g),
+                                    seen.end - seen.begin, width, true);
         }
       }
     }
@@ -433,8 +462,9 @@ struct Block {
         for (int64_t g = 0; g < groups(); ++g) {
           const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
           if (!seen.empty())
-            multiply<C, Product::plain>(scores + g * kRows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch, b_pitch,
-                               output + g * kRows * n_pitch + d, n_pitch, rows_of(g), seen.end - seen.begin, width, true);
+            product<Product::plain>(scores + g * group_rows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                    b_pitch, output + g * group_rows * n_pitch + d, n_pitch, rows_of(g),
+                                    seen.end - seen.begin, width, true);
         }
       }
     }
@@ -507,7 +537,7 @@ struct Block {
           ++g;
           continue;
         }
-        const int64_t begin = from * kRows, end = least(count, g * kRows);
+        const int64_t begin = from * group_rows, end = least(count, g * group_rows);
         for (int64_t d = 0; d < n; d += kColumns<C>)
           multiply<C, Product::transposed>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
                             n_pitch, kPad, end - begin, least(kColumns<C>, n - d), true);
@@ -576,6 +606,7 @@ INLINE void each_block(const AttentionJob& job, Head<T>& head, int64_t part, F&&
 
 template <class T>
 void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
+  const Tiles tiles(job.pairs == Pairs::tiles);
   Head<T> head{job, static_cast<Compute<T>*>(scratch), {}};
   for (int64_t unit = begin; unit < end; ++unit) {
     if (unit == begin || unit % job.parts == 0) head.open(head_offsets(job, unit / job.parts));

@@ -59,23 +59,43 @@ INLINE Extrema<C> extrema(const C* z, int64_t n) {
   return {reduce<C>(low, smaller), reduce<C>(high, larger)};
 }
 
-// z becomes the row operation times a number, and the inverse of this number is returned: whoever sums over the row need
-// not scale it. A row's scores are rounded themselves, so the exact difference is not worth its time. n is padded.
+// Two vectors in a row.
 template <class C>
-__attribute__((noinline)) C weights_row(C* z, int64_t n, bool normalized) {
-  const Extrema<C> row = extrema(z, n);
+INLINE void store_two(C* y, Vector<C> first, Vector<C> second) {
+  store(y, first);
+  store(y + kLanes<C>, second);
+}
+#if SA_SOFTMAX_VECTOR == 64
+INLINE void store_two(Bfloat* y, Vector<float> first, Vector<float> second) {
+  Vector<float> both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(second));
+  std::memcpy(y, &both, sizeof both);
+}
+#endif
+
+// y becomes the row operation of scale z times a number, and the inverse of this number is returned: whoever sums over the
+// row need not scale it. A row's scores are rounded themselves, so the exact difference is not worth its time. scale > 0; n
+// is padded; y may begin where z does, or before.
+template <class C, class Y>
+__attribute__((noinline)) C weights_row(const C* z, int64_t n, bool normalized, C scale, Y* y) {
+  Extrema<C> row = extrema(z, n);
+  row.low *= scale;
+  row.high *= scale;
   const Vector<C> high = all(row.high);
   const Factor<C> f = normalized ? factor(row) : room(row, n);
   const Vector<C> unit = all(f.unit), lo = all(f.lo);
   Vector<C> total[4] = {};
   for (int64_t i = 0; i < n; i += kChunk<C>)
-    for (int u = 0; u < 4; ++u) {
-      C* const at = z + i + u * kLanes<C>;
-      const Vector<C> v = load(at);
-      const Vector<C> e = exp_difference<C, false>(v, high);
-      const auto on = v != all(-kInfinity<C>);
-      total[u] += on ? e : Vector<C>{};
-      store(at, on ? (v * unit - lo) * e : Vector<C>{});
+    for (int u = 0; u < 4; u += 2) {
+      Vector<C> out[2];
+      for (int w = 0; w < 2; ++w) {
+        const Vector<C> v = load(z + i + (u + w) * kLanes<C>) * scale;
+        const Vector<C> e = exp_difference<C, false>(v, high);
+        const auto on = v != all(-kInfinity<C>);
+        total[u + w] += on ? e : Vector<C>{};
+        out[w] = on ? (v * unit - lo) * e : Vector<C>{};
+      }
+      store_two(y + i + u * kLanes<C>, out[0], out[1]);
     }
   const C sum_of_e = sum<C>(total);
   return sum_of_e == 0 ? C(0) : f.inverse_range * (normalized ? C(1) : f.inverse_unit) * (1 / sum_of_e);

@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <mutex>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "dispatch.h"
 #include "sa_softmax/kernels.h"
@@ -71,18 +74,49 @@ inline Shape broadcast(const char* name, const Array& a, const Shape& shape, con
 
 inline size_t compute_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
-// Memory aligned to cache lines; null for 0 bytes.
+// Memory aligned to cache lines; null for 0 bytes. Much of it comes in huge pages, where there are any, since the kernels
+// touch a new page every few rows, and goes back to the system at once.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : data_(bytes == 0 ? nullptr : ::operator new(bytes, std::align_val_t(64))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  explicit Scratch(size_t bytes);
+  Scratch(Scratch&& other) noexcept : data_(other.data_), mapped_(other.mapped_) { other.data_ = nullptr; }
+  Scratch& operator=(Scratch&&) = delete;
+  ~Scratch();
   void* get() const { return data_; }
 
  private:
   void* data_;
+  size_t mapped_ = 0;  // bytes, if they are the system's
 };
+
+// The scratch of the tasks of one call: as many pieces as run at a time.
+class Scratches {
+ public:
+  explicit Scratches(size_t bytes) : bytes_(bytes) {}
+  Scratch take() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!free_.empty()) {
+        Scratch last = std::move(free_.back());
+        free_.pop_back();
+        return last;
+      }
+    }
+    return Scratch(bytes_);
+  }
+  void give(Scratch&& scratch) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(scratch));
+  }
+
+ private:
+  const size_t bytes_;
+  std::mutex mutex_;
+  std::vector<Scratch> free_;
+};
+
+// The bytes of the largest cache that a core has to itself: at least 1 MiB, where it does not say.
+int64_t cache_of_core();
 
 // Calls run(begin, end, scratch) for disjoint ranges that make up [0, units), with `elements` of scratch each.
 template <class Run>
@@ -92,12 +126,14 @@ void divide(const Parallel& parallel, int64_t units, double work, int64_t elemen
   const double wanted = std::ceil(std::fmin(work / kWork, double(kTasks)));
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(units, int64_t(wanted)));
   const size_t bytes = size_t(elements) * compute_size(dtype);
+  Scratches scratches(bytes);
   std::atomic<bool> failed{false};
   const auto task = [&](int64_t index) {
     const auto at = [&](int64_t i) { return units / tasks * i + std::min(i, units % tasks); };
     try {
-      const Scratch scratch(bytes);
+      Scratch scratch = scratches.take();
       run(at(index), at(index + 1), scratch.get());
+      scratches.give(std::move(scratch));
     } catch (const std::bad_alloc&) {
       failed = true;  // an exception must not leave a thread that is not ours
     }

@@ -6,11 +6,10 @@
 namespace sa_softmax {
 namespace {
 
-// In elements. The scores of a block stay in an L2 cache of 1 MiB. In the backward pass, which reads and writes the
-// gradients of all keys for each block, blocks are worth more the more columns those have, even beyond that cache. A part
-// is so many rows that packing the keys costs little. What the parts of a gradient take in all is bounded.
-constexpr int64_t kForwardCached = 1 << 17, kVjpCachedPerColumn = 1 << 11;
-constexpr int64_t kUnits = 16, kForwardPart = 192, kVjpPart = 512, kPartial = 1 << 22;
+// In elements. In the backward pass, which reads and writes the gradients of all keys for each block, blocks are worth
+// more the more columns those have, even beyond the cache. A part is so many rows that packing the keys costs little. What
+// the parts of a gradient take in all is bounded.
+constexpr int64_t kSmallestBlock = 24, kUnits = 16, kForwardPart = 192, kVjpPart = 512, kPartial = 1 << 22;
 
 }  // namespace
 
@@ -169,16 +168,20 @@ struct Problem {
     empty = empty || job.batches * job.heads * job.group * job.tq * job.tk == 0;
   }
 
-  // As many rows as `cached` scores are.
-  void choose_block(int64_t cached) {
-    const int64_t rows = job.group * job.tq, fitting = cached / job.pitch / kSmallest * kSmallest;
-    job.block = std::min({rows, kMostRows, std::max(kSmallest, fitting)});
+  // As many rows as `cached` scores are, but multiples of the smallest block.
+  void choose_block(int64_t cached, int64_t smallest) {
+    const int64_t rows = job.group * job.tq, fitting = cached / job.pitch / smallest * smallest;
+    job.block = std::min({rows, kMostRows, std::max(smallest, fitting)});
   }
   double work() const {  // in entries of a row operation
     return double(job.batches * job.heads * job.group * job.tq) * double(job.tk) * double(job.d + job.dv + 8) / 16;
   }
 
-  static constexpr int64_t kSmallest = 24;
+  // Those that take half of the cache.
+  static int64_t cached_scores() {
+    static const int64_t scores = cache_of_core() / 2 / int64_t(sizeof(float));
+    return scores;
+  }
 };
 
 // Sets the offset of a buffer, and makes room for it on a cache line of its own.
@@ -198,18 +201,21 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   Problem problem(Call{options, q, k, v, bias, mask, &o, nullptr, nullptr, nullptr, nullptr, nullptr});
   AttentionJob& job = problem.job;
   if (problem.empty) return fill_zero(options.dtype, o);
-  problem.choose_block(kForwardCached);
-  job.pairs = options.dtype == DType::bfloat16 && kernels().pairs;
+  job.pairs = options.dtype == DType::bfloat16 ? kernels().pairs : Pairs::none;
+  const bool tiles = job.pairs == Pairs::tiles;
+  job.words = tiles ? (job.d + 2 * kTileWords - 1) / (2 * kTileWords) * kTileWords : (job.d + 1) / 2;
+  problem.choose_block(Problem::cached_scores(), tiles ? kTileRows : kSmallestBlock);
+  const int64_t rows = tiles ? (job.block + kTileRows - 1) / kTileRows * kTileRows : job.block;
   const int64_t heads = job.batches * job.heads;
   job.parts = std::max<int64_t>(1, std::min((kUnits + heads - 1) / heads, job.group * job.tq / kForwardPart));
   Layout layout;
-  layout.add(job.at.scores, job.block * job.pitch);
+  layout.add(job.at.scores, rows * job.pitch);
   layout.add(job.at.e, job.pitch);
-  layout.add(job.at.queries, job.block * job.d_pitch);
-  layout.add(job.at.output, job.block * job.dv_pitch);
-  layout.add(job.at.poisoned, job.block * job.dv_pitch);
+  layout.add(job.at.queries, rows * job.d_pitch);
+  layout.add(job.at.output, rows * job.dv_pitch);
+  layout.add(job.at.poisoned, rows * job.dv_pitch);
   layout.add(job.at.panel, kDepth * kPanel);
-  layout.add(job.at.keys, padded(job.tk) * job.d);
+  layout.add(job.at.keys, padded(job.tk) * std::max(job.d, job.words));
   layout.add(job.at.rows, padded(job.tk) * job.dv_pitch);
   const auto run = kernels().attention.forward[int(options.dtype)];
   divide(parallel, job.units(), problem.work(), layout.size, options.dtype,
@@ -226,7 +232,7 @@ void attention_vjp(const AttentionOptions& options, const Array& q, const Array&
       if (a != nullptr) fill_zero(options.dtype, *a);
     return;
   }
-  problem.choose_block(kVjpCachedPerColumn * (job.d + job.dv));
+  problem.choose_block(Problem::cached_scores() * (job.d + job.dv) / 64, kSmallestBlock);
   const int64_t heads = job.batches * job.heads, size = padded(job.tk) * (job.d_pitch + job.dv_pitch);
   job.parts = std::max<int64_t>(
       1, std::min({(kUnits / 2 + heads - 1) / heads, job.group * job.tq / kVjpPart, kPartial / (heads * size)}));

@@ -8,7 +8,7 @@ struct Kernels {
   const char* name;
   const RowKernels& rows;
   const AttentionKernels& attention;
-  bool pairs;  // may multiply pairs of bfloat16
+  Pairs pairs;  // the best that the processor does
 };
 
 // The kernels that this process uses; see instruction_set() in kernels.h.

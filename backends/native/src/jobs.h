@@ -46,6 +46,11 @@ constexpr int64_t kDepth = 256;    // how many keys, or how much of D, one produ
 constexpr int64_t kPanel = 64;     // the most columns of a panel
 constexpr int64_t kMostRows = 96;  // of a block
 
+// How many numbers of 16 bits a product takes at once: one that was widened, or a pair of bfloat16 in each lane of a vector
+// (AVX512_BF16), or in each word of a tile (AMX-BF16).
+enum class Pairs { none, vectors, tiles };
+constexpr int64_t kTileRows = 32, kTileWords = 16;  // that a product of tiles takes at least
+
 // Where the buffers of a thread begin in its scratch; attention.cpp says what they hold. In elements of the compute type.
 struct AttentionScratch {
   int64_t scores, upstream, e, queries, o_grad, output, poisoned, panel, keys, values, rows, k_grad, v_grad, size;
@@ -67,7 +72,8 @@ struct AttentionJob {
   int64_t from, to;  // query i sees the keys i + from <= j <= i + to; both lie in [-tq, tk]
   double scale;
   bool normalized;
-  bool pairs;  // products of pairs of bfloat16
+  Pairs pairs;
+  int64_t words;  // of a key, if in pairs
   int64_t block, parts;
   int64_t pitch, d_pitch, dv_pitch;  // of rows of scores, and of rows of D and Dv entries, in scratch
   AttentionScratch at;
