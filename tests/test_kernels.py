@@ -112,6 +112,20 @@ def test_values_are_within_8_ulp_at_any_scale(n: int, variant: str) -> None:
         assert (np.abs(y - exact) <= 8 * ulp)[counted].all(), scale
 
 
+@pytest.mark.parametrize("n", [33, 100])
+def test_a_gradient_that_is_finite_stays_so_where_the_range_is_tiny(n: int) -> None:
+    """g / R alone overflows; g / R p does not."""
+    x, g = randn(4, n), 10 * randn(4, n, seed=1)
+    x *= np.float32(1.5e-38) / np.abs(x).max()
+    exact = reference.sa_softmax_vjp(x.astype(np.float64), g.astype(np.float64))
+    representable = np.abs(exact) < np.finfo(np.float32).max
+    assert representable.mean() > 0.5
+    assert (np.abs(g) / np.ptp(x, axis=-1, keepdims=True).astype(np.float64) > np.finfo(np.float32).max).any()
+    dx = _native.sa_softmax_vjp(x, g)
+    # The scores themselves are near the smallest normal number, so a is known to a few bits only if it is flushed.
+    np.testing.assert_allclose(dx[representable], exact[representable], rtol=1e-3, atol=1e-3 * np.abs(exact).max())
+
+
 # Layouts, and the bits of a row wherever it lies.
 
 

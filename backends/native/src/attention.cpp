@@ -232,9 +232,11 @@ struct Head {
   }
 };
 
-template <class T>
+// With kTiles, products of bfloat16 are those of tiles.
+template <class T, bool kTiles>
 struct Block {
   using C = Compute<T>;
+  static constexpr int64_t kGroup = kTiles ? kTileRows : kRows;  // rows that a product takes at once
   const AttentionJob& job;
   Head<T>& head;
   int64_t first, count;  // rows; row r is query (first + r) % tq of head (first + r) / tq of the group
@@ -245,24 +247,23 @@ struct Block {
   C* const o_grad = scratch + job.at.o_grad;
   C* const output = scratch + job.at.output;
   const int64_t pitch = job.pitch;
-  const int64_t group_rows = job.pairs == Pairs::tiles ? kTileRows : kRows;
-  Range row_keys[kMostRows], group_keys[kMostRows / kRows], keys{0, 0};  // visible to a row, to a group of them, to all
+  Range row_keys[kMostRows], group_keys[kMostRows / kGroup], keys{0, 0};  // visible to a row, to a group, to all
 
   Block(const AttentionJob& job, Head<T>& head, int64_t first, int64_t count)
       : job(job), head(head), first(first), count(count) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = (first + r) % job.tq;
       row_keys[r] = {between(0, i + job.from, job.tk), between(0, i + job.to + 1, job.tk)};
-      if (r % group_rows == 0) group_keys[r / group_rows] = {0, 0};
-      group_keys[r / group_rows].include(row_keys[r]);
+      if (r % kGroup == 0) group_keys[r / kGroup] = {0, 0};
+      group_keys[r / kGroup].include(row_keys[r]);
       keys.include(row_keys[r]);
     }
   }
-  int64_t groups() const { return (count + group_rows - 1) / group_rows; }
-  int64_t rows_of(int64_t group) const { return least(group_rows, count - group * group_rows); }
+  int64_t groups() const { return (count + kGroup - 1) / kGroup; }
+  int64_t rows_of(int64_t group) const { return least(kGroup, count - group * kGroup); }
   // The columns of scores that hold numbers: of whole panels.
   Range columns(int64_t r) const {
-    const Range g = group_keys[r / group_rows];
+    const Range g = group_keys[r / kGroup];
     return g.empty() ? g : Range{g.begin / kPad * kPad, padded(g.end)};
   }
   int64_t row_offset(int64_t r, const AttentionStrides& head_stride, const AttentionStrides& row_stride,
@@ -303,15 +304,12 @@ struct Block {
   template <Product kProduct>
   void product(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
                int64_t depth, int64_t width, bool add, C factor = 1) const {
-    if constexpr (kProduct == Product::pairs) {
-      if (job.pairs == Pairs::tiles) {
-        for (int64_t j = 0; j < width; j += 2 * kTile)
-          (width - j > kTile ? multiply_tiles<2> : multiply_tiles<1>)(a, a_pitch, b + j, b_pitch, c + j, c_pitch, depth,
-                                                                      add, factor);
-        return;
-      }
-    }
-    multiply<C, kProduct>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add, factor);
+    if constexpr (kTiles && kProduct == Product::pairs)
+      for (int64_t j = 0; j < width; j += 2 * kTile)
+        (width - j > kTile ? multiply_tiles<2> : multiply_tiles<1>)(a, a_pitch, b + j, b_pitch, c + j, c_pitch, depth, add,
+                                                                    factor);
+    else
+      multiply<C, kProduct>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, width, add, factor);
   }
   // c[r][j] = factor rows[r] . panel of keys, where row r's group sees keys of the panel
   template <Product kProduct>
@@ -321,8 +319,8 @@ struct Block {
       for (int64_t d = 0; d == 0 || d < n; d += kDepth)
         for (int64_t g = 0; g < groups(); ++g)
           if (group_keys[g].meets(pad))
-            product<kProduct>(rows + g * group_rows * rows_pitch + d, rows_pitch, panels + j * n + d * kColumns<C>,
-                              kColumns<C>, c + g * group_rows * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
+            product<kProduct>(rows + g * kGroup * rows_pitch + d, rows_pitch, panels + j * n + d * kColumns<C>,
+                              kColumns<C>, c + g * kGroup * pitch + j, pitch, rows_of(g), least(kDepth, n - d),
                               kColumns<C>, d > 0, d + kDepth < n ? C(1) : factor);
     }
   }
@@ -336,7 +334,7 @@ struct Block {
   }
   // What is left to multiply the scores by: tiles are best stored as they are.
   C late_scale() const {
-    return job.pairs == Pairs::tiles && job.bias == nullptr && job.scale > 0 ? C(job.scale) : C(1);
+    return kTiles && job.bias == nullptr && job.scale > 0 ? C(job.scale) : C(1);
   }
   // -inf marks what does not participate.
   void score() {
@@ -426,11 +424,11 @@ struct Block {
         }
         const int64_t b_pitch = careful ? kColumns<C> : job.dv_pitch;
         for (int64_t g = 0; g < groups(); ++g) {
-          const Range all = columns(g * group_rows);
+          const Range all = columns(g * kGroup);
           const Range seen{all.begin / 2 > j ? all.begin / 2 : j, least(all.end / 2, chunk.end)};
           if (!seen.empty())
-            product<Product::pairs>(scores + g * group_rows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
-                                    b_pitch, output + g * group_rows * job.dv_pitch + d, job.dv_pitch, rows_of(g),
+            product<Product::pairs>(scores + g * kGroup * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                    b_pitch, output + g * kGroup * job.dv_pitch + d, job.dv_pitch, rows_of(g),
                                     seen.end - seen.begin, width, true);
         }
       }
@@ -462,8 +460,8 @@ struct Block {
         for (int64_t g = 0; g < groups(); ++g) {
           const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
           if (!seen.empty())
-            product<Product::plain>(scores + g * group_rows * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
-                                    b_pitch, output + g * group_rows * n_pitch + d, n_pitch, rows_of(g),
+            product<Product::plain>(scores + g * kGroup * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                    b_pitch, output + g * kGroup * n_pitch + d, n_pitch, rows_of(g),
                                     seen.end - seen.begin, width, true);
         }
       }
@@ -537,7 +535,7 @@ struct Block {
           ++g;
           continue;
         }
-        const int64_t begin = from * group_rows, end = least(count, g * group_rows);
+        const int64_t begin = from * kGroup, end = least(count, g * kGroup);
         for (int64_t d = 0; d < n; d += kColumns<C>)
           multiply<C, Product::transposed>(weights + begin * pitch + j, pitch, rows + begin * n_pitch + d, n_pitch, grad + j * n_pitch + d,
                             n_pitch, kPad, end - begin, least(kColumns<C>, n - d), true);
@@ -595,23 +593,30 @@ INLINE AttentionStrides head_offsets(const AttentionJob& job, int64_t head) {
   return at;
 }
 
-template <class T, class F>
+template <bool kTiles, class T, class F>
 INLINE void each_block(const AttentionJob& job, Head<T>& head, int64_t part, F&& f) {
   const int64_t blocks = job.blocks(), rows = job.group * job.tq;
   for (int64_t i = blocks * part / job.parts; i < blocks * (part + 1) / job.parts; ++i) {
-    Block<T> block{job, head, i * job.block, least(job.block, rows - i * job.block)};
+    Block<T, kTiles> block{job, head, i * job.block, least(job.block, rows - i * job.block)};
     f(block);
   }
 }
 
-template <class T>
+template <class T, bool kTiles>
 void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
-  const Tiles tiles(job.pairs == Pairs::tiles);
+  const Tiles tiles(kTiles);
   Head<T> head{job, static_cast<Compute<T>*>(scratch), {}};
   for (int64_t unit = begin; unit < end; ++unit) {
     if (unit == begin || unit % job.parts == 0) head.open(head_offsets(job, unit / job.parts));
-    each_block(job, head, unit % job.parts, [](Block<T>& block) { block.forward(); });
+    each_block<kTiles>(job, head, unit % job.parts, [](auto& block) { block.forward(); });
   }
+}
+template <class T>
+void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
+  if constexpr (kMayPair<T>) {
+    if (job.pairs == Pairs::tiles) return forward<T, true>(job, begin, end, scratch);
+  }
+  forward<T, false>(job, begin, end, scratch);
 }
 
 // k_grad, which lacks the scale, and v_grad of a head.
@@ -637,7 +642,7 @@ void vjp(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
     C* const k_grad = job.partial ? static_cast<C*>(job.partial) + unit * (k_size + v_size) : head.scratch + job.at.k_grad;
     C* const v_grad = k_grad + k_size;
     std::memset(k_grad, 0, size_t(k_size + v_size) * sizeof(C));
-    each_block(job, head, unit % job.parts, [&](Block<T>& block) { block.vjp(k_grad, v_grad); });
+    each_block<false>(job, head, unit % job.parts, [&](auto& block) { block.vjp(k_grad, v_grad); });
     if (job.partial == nullptr) store_gradients<T>(job, head.base, k_grad, v_grad);
   }
 }
@@ -685,7 +690,7 @@ void bias_vjp(const AttentionJob& job, int64_t begin, int64_t end, void* scratch
       head.open(head_offsets(job, line / heads * job.heads + h / job.group));
       for (int64_t i = start; i < (one_row ? job.tq : start + rows); i += job.block) {
         const int64_t query = h % job.group * job.tq + i;
-        Block<T> block{job, head, query, least(job.block, job.tq - i)};
+        Block<T, false> block{job, head, query, least(job.block, job.tq - i)};
         block.gradient(nullptr);
         for (int64_t r = 0; r < block.count; ++r) {
           const Range held = block.columns(r);

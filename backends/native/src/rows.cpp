@@ -3,10 +3,6 @@
 // depends on one entry and the row's sums alone: so writes may begin and end anywhere.
 #include "row.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace sa_softmax {
 namespace {
 
@@ -255,8 +251,9 @@ __attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const
   const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range : C(0);
   const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range : C(0);
   // dx = p ((g a - D) + g / R) + extremal: g / R is what is left where softmax saturates, so it is added last. Where
-  // 1 / R = inverse_range unit overflows, though the sum may not, the terms are made smaller.
-  const C spare = f.inverse_range * f.unit < kInfinity<C> ? C(1) : C(0x1p-60);
+  // 1 / R = inverse_range unit or g / R overflows, though the sum may not, the terms are made smaller.
+  constexpr C large = kSame<C, float> ? C(0x1p100) : C(0x1p960);
+  const C spare = f.inverse_range * f.unit < large ? C(1) : C(0x1p-60);
   const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit)),
                   a_scale = all(f.inverse_range * spare), more = all(f.inverse_range * (spare * f.unit)),
                   Ds = all(D * spare), to_lows = all(to_low * (spare * f.unit)),

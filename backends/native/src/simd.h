@@ -7,6 +7,10 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "jobs.h"
 
 namespace sa_softmax {
@@ -146,12 +150,33 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::Type;
 
+// p 2^n, where n = shifted - round is whole: a normal number, or not asked for.
+INLINE Vector<float> scaled(Vector<float> p, Vector<float> n, Vector<float> shifted) {
+#if defined(__AVX512F__)
+  static_cast<void>(shifted);
+  return _mm512_scalef_ps(p, n);
+#else
+  using S = Simd<float>;
+  static_cast<void>(n);
+  return p * as<Vector<float>>((as<S::U>(shifted) << S::mantissa) + (S::U{} + (S::bias << S::mantissa)));
+#endif
+}
+INLINE Vector<double> scaled(Vector<double> p, Vector<double> n, Vector<double> shifted) {
+#if defined(__AVX512F__)
+  static_cast<void>(shifted);
+  return _mm512_scalef_pd(p, n);
+#else
+  using S = Simd<double>;
+  static_cast<void>(n);
+  return p * as<Vector<double>>((as<S::U>(shifted) << S::mantissa) + (S::U{} + (S::bias << S::mantissa)));
+#endif
+}
+
 // exp(z - m) for z <= m, within 2 ULP however large z and m are: the rounding error of the difference is known exactly
 // and enters as a factor. -inf gives 0, NaN NaN. Not kExact: the difference as it is rounded.
 template <class C, bool kExact = true>
 INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   using S = Simd<C>;
-  using U = typename S::U;
   const Vector<C> s = z - m;
   const Vector<C> b = s - z;
   const Vector<C> error = (z - (s - b)) - (m + b);
@@ -162,8 +187,7 @@ INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   Vector<C> q = all(S::q[0]);
   for (unsigned i = 1; i < sizeof S::q / sizeof(C); ++i) q = q * r + S::q[i];
   const Vector<C> p = (r * r) * q + r;
-  const U scale = (as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa));
-  const Vector<C> e = (p + 1) * as<Vector<C>>(scale);
+  const Vector<C> e = scaled(p + 1, n, shifted);
   return s < all(S::exp_lowest) ? Vector<C>{} : kExact ? e * error + e : e;
 }
 
