@@ -27,7 +27,7 @@ experiment: .venv/ready  ## the paper's claims, measured: softmax, product and n
 
 fuzz: .venv/ready  ## random calls of the kernels, under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PIP) cmake ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S backends/native -B build/fuzz -G Ninja -DSA_SOFTMAX_FUZZ=ON -DSA_SOFTMAX_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S backends/native -B build/fuzz -G Ninja -DSA_SOFTMAX_FUZZ=ON -DSA_SOFTMAX_SANITIZE=address,undefined
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz --target fuzz
 	build/fuzz/fuzz 20000
 

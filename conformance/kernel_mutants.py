@@ -226,14 +226,21 @@ def _as_contiguous(a: Array | None) -> Array | None:
     return np.ravel(a, order="K").reshape(a.shape)
 
 
-class _Misread(ReferenceAdapter):
-    """Reads one operand of one operation as if it were contiguous."""
+def _as_forwards(a: Array | None) -> Array | None:
+    """What a kernel reads that takes the lowest address and the sizes of the strides, and not their signs."""
+    if a is None:
+        return a
+    return a[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in a.strides)]
 
-    def __init__(self, operand: str) -> None:
-        self.name, self._operand = f"{operand}-read-as-contiguous", operand
+
+class _Misread(ReferenceAdapter):
+    """Takes ``reading(operand)`` for one operand."""
+
+    def __init__(self, operand: str, name: str, reading: Callable[[Array | None], Array | None]) -> None:
+        self.name, self._operand, self._reading = f"{operand}-read-{name}", operand, reading
 
     def _operands(self, given: dict[str, Any]) -> dict[str, Any]:
-        return given | {self._operand: _as_contiguous(given[self._operand])} if self._operand in given else given
+        return given | {self._operand: self._reading(given[self._operand])} if self._operand in given else given
 
     def sa_softmax(self, x: Array, **options: Any) -> Any:
         return super().sa_softmax(**self._operands({"x": x} | options))
@@ -273,11 +280,17 @@ class _OneBuffer(ReferenceAdapter):
 
 
 def _row_memory() -> Iterator[Backend]:
-    yield from map(_Misread, ("g", "where"))
+    for operand in ("g", "where"):
+        yield _Misread(operand, "as-contiguous", _as_contiguous)
+    for operand in ("x", "g", "where"):
+        yield _Misread(operand, "forwards", _as_forwards)
 
 
 def _attention_memory() -> Iterator[Backend]:
-    yield from map(_Misread, ("q", "k", "v", "do", "bias", "mask"))
+    for operand in ("q", "k", "v", "do", "bias", "mask"):
+        yield _Misread(operand, "as-contiguous", _as_contiguous)
+    for operand in ("q", "k", "v", "do", "bias"):
+        yield _Misread(operand, "forwards", _as_forwards)
     yield from map(_OneBuffer, ("sa_attention", "sa_attention_vjp"))
 
 
@@ -436,8 +449,34 @@ class _RoundedSums(ReferenceAdapter):
         return wrong["dq"], wrong["dk"], wrong["dv"], wrong["dbias"]
 
 
+class _RoundedOutput(ReferenceAdapter):
+    """Takes D = sum(g y) of a row from the output that was rounded to 16 bits: D = sum(do * o)."""
+
+    def __init__(self, dtype: str) -> None:
+        self.name, self._dtype = f"d-of-the-output-in-{dtype}", dtype
+
+    def sa_attention_vjp(self, q: Array, k: Array, v: Array, do: Array, **options: Any) -> Gradients:
+        if q.dtype.name != self._dtype:
+            return super().sa_attention_vjp(q, k, v, do, **options)
+        o = super().sa_attention(q, k, v, **options).astype(np.float32)
+
+        def vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
+            """dx is linear in D, with the factor -p, and +-1/R for the entries at an extremum."""
+            p, x_min, x_max = _softmax(z, on, axis)
+            _, unit, R = _factor(x_min, x_max)
+            at_min, at_max = _shares(z, on, x_min, x_max, axis)
+            edge = 0 if variant == "product" else (at_min - at_max) / R * unit
+            off = np.sum(do.astype(np.float32) * o, -1, keepdims=True)
+            off = off - np.sum(np.where(on, g * _forward(z, on, axis, variant), 0), axis, keepdims=True)
+            return np.where(on, _vjp(z, on, g, axis, variant) + np.where(np.isfinite(off), off, 0) * (edge - p), 0)
+
+        with np.errstate(all="ignore"), mock.patch.object(reference, "_vjp", vjp):
+            return super().sa_attention_vjp(q, k, v, do, **options)
+
+
 def _attention_precision() -> Iterator[Backend]:
     yield from map(_RoundedSums, ("o", "dq", "dk", "dv"))
+    yield from map(_RoundedOutput, ("float16", "bfloat16"))
     for dtype in ("float16", "bfloat16"):
         yield KernelMutant(f"scores-kept-in-{dtype}", "attention", _of_dtype(dtype), _scores=_scores_rounded)
         yield KernelMutant(

@@ -197,6 +197,7 @@ def test_the_block_of_the_guide() -> None:
     exec(example("JAX"), names)
     q, k, v = (np.asarray(names[name], float) for name in "qkv")
     np.testing.assert_allclose(names["o"], reference.sa_attention(q, k, v, is_causal=True), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(names["last"], reference.sa_attention(q[..., -1:, :], k, v), rtol=0, atol=2e-6)
 
 
 def test_errors() -> None:

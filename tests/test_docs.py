@@ -1,8 +1,12 @@
 """The code in README and guides runs and does what the text says."""
 
+import ast
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,13 +22,19 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_adapter_of_the_guide_conforms() -> None:
-    (code,) = [block for block in blocks(GUIDE) if "class Adapter" in block]
-    names: dict[str, object] = {}
-    exec(code, names)
-    report = conformance.run(names["Adapter"]())  # type: ignore[operator]
+def test_the_adapter_of_the_guide_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, *others = blocks(GUIDE)
+    module = ModuleType("my_backend")
+    exec(adapter, vars(module))
+    monkeypatch.setitem(sys.modules, "my_backend", module)
+    names = dict(vars(module))
+    for code in others:
+        exec(code, names)
+    report = names["report"]
     assert report.ok, [result for result in report.results if result.status == "failed"][:3]
     assert report.count("passed") > 500
+    assert names["failure"] is None
+    assert names["error"] == report.worst().error
 
 
 NEEDED = {
@@ -80,6 +90,7 @@ PAGES = {
     "start": ("torch", "jax", "mlx", "onnxscript", "onnxruntime", "sa_softmax_native"),
     "migrate": ("torch",),
     "numerics": ("numpy",),
+    "performance": ("torch",),
 }
 """The pages whose blocks run here, in order and in one namespace, and what they import."""
 
@@ -112,6 +123,46 @@ def test_every_page_with_blocks_is_run_somewhere() -> None:
     assert pages == PAGES.keys() | ELSEWHERE.keys()
     for page, file in ELSEWHERE.items():
         assert f"{page}.md" in (ROOT / "tests" / f"{file}.py").read_text(), f"tests/{file}.py must run docs/{page}.md"
+
+
+# Public names.
+
+DOCUMENTED = [
+    *re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE),
+    "sa_softmax_native",
+]
+
+
+def used(code: str) -> set[tuple[str, str]]:
+    """The module and the name of all that ``code`` imports, and of the attributes that it takes of what it imports."""
+    found, modules = set(), {}
+    for node in ast.walk(ast.parse(code)):  # statements before what they hold
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found.add((str(node.module), alias.name))
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            found.add((modules[node.value.id], node.attr))
+    return found
+
+
+def test_what_counts_as_an_example() -> None:
+    code = "import a, b as c\nfrom d import e, f as g\na.x, c.y, e.z(g), g.h, other.i\n"
+    assert used(code) == {("a", "x"), ("b", "y"), ("d", "e"), ("d", "f"), ("d.e", "z"), ("d.f", "h")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_public_name_has_an_example(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    pages = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
+    shown = {of for page in pages for of in used("".join(blocks(page)))}
+    public = {(name, each) for each in module.__all__ if each != "__version__"}
+    assert public <= shown, f"no Python block of README.md or docs/*.md shows {sorted(public - shown)}"
 
 
 def test_the_start_page_counts_the_cases() -> None:

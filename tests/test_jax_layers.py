@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,8 @@ def test_the_flax_example_learns_with_both_attentions(capsys: pytest.CaptureFixt
 
 def test_the_guide_runs() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "jax.md").read_text()
-    code = guide.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(code, names)
+    for code in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
+        exec(code, names)
     assert names["o"].shape == (2, 10, 4, 8)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(names["gradients"]))

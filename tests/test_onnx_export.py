@@ -447,11 +447,12 @@ def test_the_operator_pages_say_what_the_schemas_say() -> None:
 def test_the_code_of_the_guide_runs(torch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "export.md").read_text()
     blocks = re.findall(r"^(?:<!-- needs (.+?) -->\n)?```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
-    assert [package for package, _ in blocks] == ["", "transformers", "", "sa-softmax-native"]
+    assert [package for package, _ in blocks] == ["", "transformers", "", "", "", *["sa-softmax-native"] * 2]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for package, code in blocks:
         if not package or importlib.util.find_spec(package.replace("-", "_")):
             exec(code, names)
     assert names["report"].ok
+    assert names["checked"].ok
     assert names["y"].shape == (2, 32)

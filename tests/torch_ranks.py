@@ -177,6 +177,7 @@ def guide(group: dist.ProcessGroup) -> None:
     x, positions = names["x"].double().numpy(), names["positions"]
     expected = reference.sa_attention(x, x, x, is_causal=True)[:, :, positions]
     np.testing.assert_allclose(array(names["o"]), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(array(names["last"]), reference.sa_attention(x[..., -1:, :], x, x), rtol=0, atol=2e-6)
 
 
 def order(group: dist.ProcessGroup) -> None:

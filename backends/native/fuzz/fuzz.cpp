@@ -1,11 +1,15 @@
 // Random calls of the checked interface: shapes, strides, types, attributes and values of every kind, right and wrong.
 //
-//     fuzz [count] [seed]
+//     fuzz [count] [seed] [callers]
 //
 // Wrong calls must end in Error. Right ones must agree with the definitions evaluated here in long double, within the
 // bounds of section 7 of docs/spec.md, and write nothing but their output. Memory errors are for the sanitizers: every
 // buffer ends exactly where its last element does.
+//
+// With several callers, threads that call at the same time, each call runs alone and then on the pool, which must give
+// the same bits; the calls are larger, for the pool to have tasks. Races are for ThreadSanitizer.
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -15,7 +19,9 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 
+#include "pool.h"
 #include "sa_softmax/kernels.h"
 
 using namespace sa_softmax;
@@ -23,7 +29,7 @@ using Real = long double;
 
 namespace {
 
-std::mt19937_64 random_bits;
+thread_local std::mt19937_64 random_bits;
 int64_t below(int64_t n) { return int64_t(random_bits() % uint64_t(n)); }
 bool chance(int percent) { return below(100) < percent; }
 double uniform() { return double(random_bits() >> 11) * 0x1p-53; }
@@ -168,9 +174,11 @@ Tensor booleans(Shape shape) {
 
 [[noreturn]] void fail(const std::string& what);
 
-// Wrong results are collected per call with what is needed to repeat it.
-uint64_t iteration = 0, seed = 1, compared = 0;
-std::string call_text;
+uint64_t seed = 1, callers = 1;
+std::atomic<uint64_t> compared{0};
+// What is needed to repeat the call that went wrong.
+thread_local uint64_t iteration = 0;
+thread_local std::string call_text;
 void fail(const std::string& what) {
   std::fprintf(stderr, "iteration %llu, seed %llu: %s\n  %s\n", static_cast<unsigned long long>(iteration),
                static_cast<unsigned long long>(seed), what.c_str(), call_text.c_str());
@@ -301,9 +309,45 @@ void check_written(Tensor& out, const F& expected) {
   if (untouched != out.bytes) fail("something beside the output was written");
 }
 
-const Parallel kParallel = [](int64_t count, const std::function<void(int64_t)>& task) {
+const Parallel kAlone = [](int64_t count, const std::function<void(int64_t)>& task) {
   for (int64_t i = count; i-- > 0;) task(i);
 };
+const Parallel kPool = [](int64_t count, const std::function<void(int64_t)>& task) { run_parallel(3, count, task); };
+
+// The outputs hold what the call gave alone: on the pool it must give the same.
+template <class F>
+void check_pool(const std::vector<Tensor*>& outputs, const F& call) {
+  std::vector<std::vector<unsigned char>> alone;
+  for (Tensor* const t : outputs) {
+    alone.push_back(t->bytes);
+    std::copy(t->before.begin(), t->before.end(), t->bytes.begin());
+  }
+  call(kPool);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (outputs[i]->bytes != alone[i]) fail("the pool changes the bits of output " + std::to_string(i));
+    compared += alone[i].size() / outputs[i]->size;
+  }
+}
+
+// Tasks that use the pool themselves, the last of which may throw: every task ran once, or an exception arrives.
+void check_tasks() {
+  const int64_t count = 1 + below(20), first_to_throw = below(2 * count);
+  std::vector<int> runs(size_t(count), 0);
+  bool thrown = false;
+  call_text = std::to_string(count) + " tasks";
+  try {
+    run_parallel(3, count, [&](int64_t i) {
+      int inner[4] = {};
+      run_parallel(3, 4, [&](int64_t j) { ++inner[j]; });
+      if (i >= first_to_throw) throw i;
+      runs[size_t(i)] += inner[0] * inner[1] * inner[2] * inner[3];
+    });
+  } catch (int64_t i) {
+    thrown = i >= first_to_throw;
+  }
+  if (thrown != (first_to_throw < count)) fail("an exception was lost");
+  if (!thrown && runs != std::vector<int>(size_t(count), 1)) fail("a task did not run once");
+}
 
 Shape random_shape(size_t rank, int64_t most) {
   Shape shape(rank);
@@ -333,7 +377,9 @@ std::string text(const Shape& shape) {
 void fuzz_row() {
   const DType dtype = DType(below(4));
   const bool vjp = chance(50);
-  const Shape shape = random_shape(size_t(1 + below(5)), chance(1) && chance(5) ? 200000 : chance(5) ? 2000 : 150);
+  const Shape shape = callers > 1 && chance(50)
+                          ? Shape{1 + below(16), 1 + below(64), 1 + below(500)}
+                          : random_shape(size_t(1 + below(5)), chance(1) && chance(5) ? 200000 : chance(5) ? 2000 : 150);
   const int64_t rank = int64_t(shape.size());
   RowOptions options{dtype, below(2 * rank) - rank, Variant(below(2))};
   Tensor x = numbers(shape, dtype, Values::any), g = numbers(shape, dtype, Values::bounded);
@@ -355,13 +401,16 @@ void fuzz_row() {
       case 6: x.array.shape[size_t(below(rank))] = std::numeric_limits<int64_t>::max() / (1 + below(4)); break;
       case 7: x.array = Array(x.array.data, {}), y.array = Array(y.array.data, {}); break;
     }
-  bool refused = false;
-  try {
+  const auto call = [&](const Parallel& parallel) {
     const Array* const mask = masked ? &where.array : nullptr;
     if (vjp)
-      softmax_vjp(options, x.array, g.array, mask, y.array, kParallel);
+      softmax_vjp(options, x.array, g.array, mask, y.array, parallel);
     else
-      softmax(options, x.array, mask, y.array, kParallel);
+      softmax(options, x.array, mask, y.array, parallel);
+  };
+  bool refused = false;
+  try {
+    call(kAlone);
   } catch (const Error&) {
     refused = true;
   }
@@ -370,6 +419,7 @@ void fuzz_row() {
     return;
   }
   if (refused) fail("a right call was refused");
+  if (callers > 1) return check_pool({&y}, call);
   const size_t axis = size_t(options.axis < 0 ? options.axis + rank : options.axis);
   const size_t n = size_t(shape[axis]);
   Shape rows = shape;
@@ -425,8 +475,10 @@ void fuzz_attention() {
   const bool vjp = chance(50);
   Shape batch = random_shape(size_t(below(3)), 4);
   const int64_t heads = 1 + below(3), group = chance(3) ? 0 : 1 + below(3);
-  const auto length = [](int64_t most) { return chance(3) ? 0 : chance(10) ? 1 + below(most) : 1 + below(8); };
-  const int64_t tq = length(chance(3) ? 1400 : 40), tk = length(chance(5) ? 600 : 90), d = length(chance(3) ? 600 : 20);
+  const int more = callers > 1 ? 10 : 1;
+  const auto length = [&](int64_t most) { return chance(3) ? 0 : chance(10 * more) ? 1 + below(most) : 1 + below(8); };
+  const int64_t tq = length(chance(3 * more) ? 1400 : 40), tk = length(chance(5 * more) ? 600 : 90);
+  const int64_t d = length(chance(3) ? 600 : 20);
   const int64_t dv = length(90);
   const auto shaped = [&](int64_t a, int64_t b, int64_t c) {
     Shape shape = batch;
@@ -478,15 +530,18 @@ void fuzz_attention() {
       case 8: options.variant = Variant(7); break;
       case 9: options.left = -2 - below(5); break;
     }
-  bool refused = false;
-  try {
+  const auto call = [&](const Parallel& parallel) {
     const Array* const bias_array = biased ? &bias.array : nullptr;
     const Array* const mask_array = masked ? &mask.array : nullptr;
     if (vjp)
       attention_vjp(options, q.array, k.array, v.array, bias_array, mask_array, o_grad.array, q_grad.array, k_grad.array,
-                    v_grad.array, biased && wants_bias ? &bias_grad.array : nullptr, kParallel);
+                    v_grad.array, biased && wants_bias ? &bias_grad.array : nullptr, parallel);
     else
-      attention(options, q.array, k.array, v.array, bias_array, mask_array, o.array, kParallel);
+      attention(options, q.array, k.array, v.array, bias_array, mask_array, o.array, parallel);
+  };
+  bool refused = false;
+  try {
+    call(kAlone);
   } catch (const Error&) {
     refused = true;
   }
@@ -495,6 +550,7 @@ void fuzz_attention() {
     return;
   }
   if (refused) fail("a right call was refused");
+  if (callers > 1) return check_pool({&o, &q_grad, &k_grad, &v_grad, &bias_grad}, call);
   const Format& f = format(dtype);
   const Real scale = options.scale ? Real(*options.scale) : 1 / std::sqrt(Real(d));
   const auto root = [](int64_t n) { return std::sqrt(Real(std::max<int64_t>(n, 1))) + 1; };
@@ -567,10 +623,18 @@ void fuzz_attention() {
 int main(int argc, char** argv) {
   const uint64_t count = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20000;
   seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  for (iteration = 0; iteration < count; ++iteration) {
-    random_bits.seed(seed * 0x9e3779b97f4a7c15 + iteration);
-    chance(70) ? fuzz_row() : fuzz_attention();
-  }
+  callers = argc > 3 ? std::max(1ULL, std::strtoull(argv[3], nullptr, 10)) : 1;
+  const auto calls = [&](uint64_t first) {
+    for (iteration = first; iteration < count; iteration += callers) {
+      random_bits.seed(seed * 0x9e3779b97f4a7c15 + iteration);
+      if (callers > 1) check_tasks();
+      chance(70) ? fuzz_row() : fuzz_attention();
+    }
+  };
+  std::vector<std::thread> others;
+  for (uint64_t first = 1; first < callers; ++first) others.emplace_back(calls, first);
+  calls(0);
+  for (std::thread& other : others) other.join();
   std::printf("%llu calls on %s, %llu values compared: no difference\n", static_cast<unsigned long long>(count),
-              instruction_set(), static_cast<unsigned long long>(compared));
+              instruction_set(), static_cast<unsigned long long>(compared.load()));
 }
