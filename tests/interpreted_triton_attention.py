@@ -301,7 +301,12 @@ def test_derivatives_of_every_kind_through_the_operators(variant: str) -> None:
     torch.testing.assert_close(tangents[0].double(), tangents[1], rtol=1e-4, atol=1e-4)
 
 
-CASES = "attention.sign/*/float32*", "attention.ties/*/float32*", "attention.scale/*/float32*"
+CASES = (
+    "attention.sign/*/float32*",
+    "attention.ties/*/float32*",
+    "attention.scale/*/float32*",
+    "attention.scale/saturated/float16*",
+)
 
 
 def test_conformance(monkeypatch: pytest.MonkeyPatch) -> None:
