@@ -124,6 +124,40 @@ def test_half_precision_of_scores_far_from_one(variant: str, size: float) -> Non
 
 
 @variants
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**10])
+def test_half_precision_of_gradients_that_it_cannot_hold(variant: str, size: float) -> None:
+    """dX is some size**2, subnormal or infinite in float16, but o, dq, dk and dv are not."""
+
+    def results(size: float) -> tuple[Tensor, ...]:
+        tensors = (*qkv(2, 1, 20, 35, 16, 16), randn(2, 20, 16, seed=9))
+        q, k, v, do = ((size * (64 * x).round() / 64).half() for x in tensors)  # exact in float16
+        scale = 0.25 / size**2
+        o, stats = attention_launch.attention(q, k, v, None, None, None, -1, scale, variant)
+        return o, *attention_launch.attention_vjp(q, k, v, None, None, o, stats, do, None, -1, scale, variant)[:3]
+
+    for x, y in zip(results(size), results(1.0), strict=True):
+        torch.testing.assert_close(x.float() / size, y.float(), rtol=2**-10, atol=2**-14)
+
+
+@variants
+def test_weights_that_half_precision_cannot_hold(variant: str) -> None:
+    """One key has nearly all of the weight, but its value is 0: o and dv are what the others have of it."""
+    q, k, v = qkv(1, 1, 16, 35, 16, 16, torch.float16)
+    bias = torch.zeros(16, 35)
+    bias[:, 3] = 16.0
+    v *= 1000
+    v[:, 3] = 0
+    do = 1000 * randn(1, 16, 16, seed=9, dtype=torch.float16)
+    o, stats = attention_launch.attention(q, k, v, bias, None, None, -1, 0.25, variant)
+    dv = attention_launch.attention_vjp(q, k, v, bias, None, o, stats, do, None, -1, 0.25, variant)[2]
+    options: dict[str, Any] = {"bias": exact(bias), "variant": variant}
+    right = reference.sa_attention(exact(q), exact(k), exact(v), **options)
+    np.testing.assert_allclose(exact(o), right, rtol=0, atol=2**-9 * np.abs(right).max())
+    right = reference.sa_attention_vjp(exact(q), exact(k), exact(v), exact(do), **options)[2][:, 4:]
+    np.testing.assert_allclose(exact(dv)[:, 4:], right, rtol=0, atol=2**-9 * np.abs(right).max())
+
+
+@variants
 @pytest.mark.parametrize("shape", [(2, 1, 2, 18, 20), (2, 1, 1, 1, 20), (2, 18, 1), (1,)], ids=str)
 def test_bias_of_every_broadcast_and_its_gradient(variant: str, shape: tuple[int, ...]) -> None:
     q, k, v = (
@@ -267,7 +301,12 @@ def test_derivatives_of_every_kind_through_the_operators(variant: str) -> None:
     torch.testing.assert_close(tangents[0].double(), tangents[1], rtol=1e-4, atol=1e-4)
 
 
-CASES = "attention.sign/*/float32*", "attention.ties/*/float32*", "attention.scale/*/float32*"
+CASES = (
+    "attention.sign/*/float32*",
+    "attention.ties/*/float32*",
+    "attention.scale/*/float32*",
+    "attention.scale/saturated/float16*",
+)
 
 
 def test_conformance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,34 @@ def test_no_mask_is_upper_left_causal_or_everything() -> None:
         assert_close(out, expected(None))
 
 
+@pytest.mark.parametrize("size", [1, 3, 6, 9])
+def test_a_sliding_window_without_a_mask_is_the_one_of_transformers(size: int) -> None:
+    def seen(rule: Any, first: int, queries: int = 5) -> Any:
+        return rule(0, 0, torch.arange(first, first + queries).unsqueeze(-1), torch.arange(6))
+
+    masking_utils = transformers.masking_utils
+    causal = masking_utils.sliding_window_causal_mask_function(size)
+    encoder = masking_utils.sliding_window_bidirectional_mask_function(size - 1)  # whose models pass one more
+    for keep, options in (
+        (seen(causal, 0), {"is_causal": True}),
+        (seen(encoder, 0), {"is_causal": False}),
+        (seen(causal, 5, 1), {"is_causal": True, "queries": 1}),  # decoding, with every key in the cache
+    ):
+        out, expected = attend(None, sliding_window=size, **options)
+        assert_close(out, expected(keep))
+
+
+def test_models_with_a_sliding_window_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make("mistral"), tokens(2, 7)
+    expected = model(ids, output_attentions=True)
+    assert not expected.attentions[0][:, :, 6, :4].any()
+    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "sa_softmax", lambda *_, **__: None)
+    got = model(ids, output_attentions=True)
+    assert_close(got.logits, expected.logits)
+    for actual, wanted in zip(got.attentions, expected.attentions, strict=True):
+        assert_close(actual, wanted)
+
+
 def test_weights_are_y() -> None:
     model, ids = make("llama"), tokens(2, 6)
     out = model.model(ids, output_attentions=True)
@@ -222,8 +250,6 @@ def test_masks_that_could_mean_two_things_are_refused() -> None:
         attend(KEEP.long())
     with pytest.raises(ValueError, match="attention_mask must be"):
         attend(KEEP[:, 0, 0])
-    with pytest.raises(ValueError, match="sliding window of 4 over 6 keys"):
-        attend(None, sliding_window=4)
 
 
 def test_architectures_that_ask_for_more_are_refused() -> None:

@@ -31,15 +31,12 @@ def participation(mask: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float | None, variant: str
+    q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None, variant: str
 ) -> Tensor:
     """Y (..., Hq, Tq, Tk) of attention, in the dtype of ``q``."""
     c = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     x = (q.to(c) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(c).mT
-    if causal:
-        lower = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        mask = lower if mask is None else mask & lower
     return ops.sa_softmax(x if bias is None else x + bias, variant=variant, where=mask).to(q.dtype)
 
 

@@ -149,7 +149,7 @@ class SAMultiheadAttention(nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         y = None
         if need_weights:
-            y = weights(q, k, bias, mask, False, None, self.variant)
+            y = weights(q, k, bias, mask, None, self.variant)
             y = y.mean(1) if average_attn_weights else y
         if not batched:
             return out.squeeze(0), None if y is None else y.squeeze(0)

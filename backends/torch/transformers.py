@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from sa_softmax.backends.torch import sa_attention
+from sa_softmax.backends.torch._attention import combined_mask, window
 from sa_softmax.backends.torch._integration import participation, warn_of_zeros, weights
 
 __all__ = ["IMPLEMENTATIONS", "Change", "WithPast", "convert", "register"]
@@ -308,22 +309,29 @@ def _attend(
             "attn_pdrop or dropout_rate, by architecture)"
         )
     mask, bias = _participation(query.dtype, attention_mask, position_bias)
-    causal = False
+    q_offset, left, right = 0, -1, -1
     if attention_mask is None:
-        if sliding_window is not None and key.shape[-2] > sliding_window:
-            raise ValueError(
-                f"{type(module).__name__} asks for a sliding window of {sliding_window} over {key.shape[-2]} keys "
-                "without a mask that says so. Give the model a 4-d mask that holds the window"
-            )
-        # Transformers' meaning of None: upper-left causal, except that a single query, decoding, sees every key.
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[-2] > 1
+        # Transformers' meaning of None: upper-left causal, except that a single query, decoding, is the last key's.
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        decoding = query.shape[-2] == 1
+        if sliding_window is not None:  # keys nearer than this many positions
+            left = right = sliding_window - 1
+            q_offset = key.shape[-2] - 1 if causal and decoding else 0
+        if causal and not decoding:
+            right = 0
     packing = _packing(query, key, position_ids, use_cache, cu_seq_lens_q, cu_seq_lens_k)
     if packing is not None:
         mask = packing if mask is None else mask & packing
     if variant == "normalized" and module.training and bias is None:
         warn_of_zeros(module, query, key, "'sa_softmax_product'")
-    out = sa_attention(query, key, value, variant=variant, bias=bias, mask=mask, is_causal=causal, scale=scaling)
-    y = weights(query, key, bias, mask, causal, scaling, variant) if output_attentions else None
+    out = sa_attention(
+        query, key, value, variant=variant, bias=bias, mask=mask, q_offset=q_offset, scale=scaling,
+        window_size=(left, right),
+    )  # fmt: skip
+    y = None
+    if output_attentions:
+        seen = combined_mask(query, key, mask, *window(q_offset, left, right))
+        y = weights(query, key, bias, seen, scaling, variant)
     return out.transpose(1, 2).contiguous(), y
 
 

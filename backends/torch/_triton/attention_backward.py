@@ -18,7 +18,10 @@ import triton.language as tl
 
 from sa_softmax.backends.torch._triton.attention_tiles import (
     UNIT,
+    accumulate,
+    accumulated,
     bad_rows,
+    exponents,
     factor,
     finite,
     infinite,
@@ -111,13 +114,15 @@ def _sums(
 
 @triton.jit
 def _dq(
-    acc, q, k, v, do, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
+    q, k, v, do, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
     begin, end, i, Tq, Tk, stride_k, stride_v, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
     VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The second walk: acc += dx k."""
+    """The second walk: sum dx k."""
+    acc = tl.zeros((BM, DP), tl.float32)
+    e = exponents(BM)
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
@@ -131,8 +136,8 @@ def _dq(
             x, product(do, tl.trans(vt)) * p, p, j[None, :], shift[:, None], c[:, None], D_row[:, None],
             to_lo[:, None], to_hi[:, None], at_lo[:, None], at_hi[:, None], VARIANT,
         )  # fmt: skip
-        acc += product(dx.to(kt.dtype), finite(kt) if CAREFUL else kt)
-    return acc
+        acc, e = accumulate(acc, e, dx, finite(kt) if CAREFUL else kt)
+    return accumulated(acc, e, q)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
@@ -176,13 +181,12 @@ def attention_dq(
     dot = load_tile(do, row, do_t, Tq, BM, DV, DVP, True)
     each = i < Tq
     begin, _, _, end = key_ranges(row, Tk, upper, lower, CAUSAL, WINDOW, BM, BN)
-    acc = tl.zeros((BM, DP), tl.float32)
     if CAREFUL:
         m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi = _terms(terms, places, row, Tq, rows, VARIANT, BM)
         acc = _dq(
-            acc, qt, k, v, dot, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
+            qt, k, v, dot, m, shift, c, D_row, to_lo, to_hi, at_lo, at_hi,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
         )  # fmt: skip
         each = bad_rows(load_tile(dq, row, dq_t, Tq, BM, D, DP, True).to(tl.float32))
         store_tile(dq, row, dq_t, Tq, acc * scale, each, BM, D, DP)
@@ -217,9 +221,9 @@ def attention_dq(
             tl.store(places + i, at_lo, mask=each)
             tl.store(places + rows + i, at_hi, mask=each)
         acc = _dq(
-            acc, qt, k, v, dot, m, shift, c, D_row * norm, to_lo, to_hi, at_lo, at_hi,
+            qt, k, v, dot, m, shift, c, D_row * norm, to_lo, to_hi, at_lo, at_hi,
             begin, end, i, Tq, Tk, k_t, v_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
-            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
+            VARIANT, False, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM, BN,
         )  # fmt: skip
         acc *= scale
         store_tile(dq, row, dq_t, Tq, acc, each, BM, D, DP)
@@ -228,7 +232,7 @@ def attention_dq(
 
 @triton.jit
 def _dkv(
-    dk, dv, q, k, v, do, terms, places, rows,
+    dk, dv, e_dk, e_dv, q, k, v, do, terms, places, rows,
     begin, end, j, Tq, Tk, stride_q, stride_do, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
     VARIANT: tl.constexpr, CAREFUL: tl.constexpr,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
@@ -245,14 +249,14 @@ def _dkv(
             bias, bias_i, bias_j, mask, mask_i, mask_j, EDGE, CAUSAL, WINDOW, BIAS, MASK,
         )  # fmt: skip
         p = tl.exp(x - m[None, :])
-        y = tl.where(x == -_INF, 0.0, (x * UNIT - shift[None, :]) * c[None, :] * p).to(dot.dtype)
-        dv += product(y, finite(dot) if CAREFUL else dot)
+        y = tl.where(x == -_INF, 0.0, (x * UNIT - shift[None, :]) * c[None, :] * p)
+        dv, e_dv = accumulate(dv, e_dv, y, finite(dot) if CAREFUL else dot)
         dx = _dx(
             x, product(v, tl.trans(dot)) * p, p, j[:, None], shift[None, :], c[None, :], D_row[None, :],
             to_lo[None, :], to_hi[None, :], at_lo[None, :], at_hi[None, :], VARIANT,
-        ).to(qt.dtype)  # fmt: skip
-        dk += product(dx, finite(qt) if CAREFUL else qt)
-    return dk, dv
+        )  # fmt: skip
+        dk, e_dk = accumulate(dk, e_dk, dx, finite(qt) if CAREFUL else qt)
+    return dk, dv, e_dk, e_dv
 
 
 @triton.jit
@@ -286,9 +290,11 @@ def _dkv_of_group(
     """dk and dv, summed over the query heads of the group, of which the pointers name the first."""
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DVP), tl.float32)
+    e_dk = exponents(BN)
+    e_dv = exponents(BN)
     for _ in range(G):
-        dk, dv = _dkv(
-            dk, dv, q, kt, vt, do, terms, places, rows,
+        dk, dv, e_dk, e_dv = _dkv(
+            dk, dv, e_dk, e_dv, q, kt, vt, do, terms, places, rows,
             begin, end, j, Tq, Tk, q_t, do_t, upper, lower, scale, bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, CAREFUL, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BM,
         )  # fmt: skip
@@ -300,7 +306,7 @@ def _dkv_of_group(
             bias += bias_h
         if MASK:
             mask += mask_h
-    return dk * scale, dv
+    return accumulated(dk, e_dk, kt) * scale, accumulated(dv, e_dv, kt)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])

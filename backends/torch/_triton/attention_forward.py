@@ -25,6 +25,7 @@ from sa_softmax.backends.torch._triton.attention_tiles import (
     finite,
     infinite,
     key_ranges,
+    lift,
     load_tile,
     participating,
     place,
@@ -66,8 +67,7 @@ def _weigh(
 ):  # fmt: skip
     """acc += sum a p v and l += sum p for the rows' extrema. CAREFUL: of those v that are finite."""
     shift, c = factor(mn, mx, VARIANT)
-    if VARIANT == "product":
-        c /= _size(mx)
+    c /= _size(mx, q, VARIANT)
     m = tl.where(mx == -_INF, 0.0, mx)
     for start in range(begin, end, BN):
         kt = load_tile(k, start, stride_k, Tk, BN, D, DP, EDGE)
@@ -107,9 +107,13 @@ def _poison(
 
 
 @triton.jit
-def _size(mx):
-    """What the weights x * p of ``product`` are divided by: they are then at most 24, and its inverse is normal."""
-    return tl.maximum(tl.abs(tl.where(mx == -_INF, 0.0, mx)) * 0.0625, 1.0)
+def _size(mx, q, VARIANT: tl.constexpr):
+    """What the weights are divided by: those of ``product``, x * p, are then at most 24, which the dtype of q can lift,
+    and its inverse is normal."""
+    if VARIANT == "product":
+        return tl.maximum(tl.abs(tl.where(mx == -_INF, 0.0, mx)) * 0.0625, 1.0) * (1 / lift(q))
+    else:  # noqa: RET505 - Triton compiles what stands after an if
+        return 1 / lift(q)
 
 
 @triton.jit
@@ -129,22 +133,20 @@ def _online(
         )  # fmt: skip
         top = tl.maximum(mx, tl.max(x, 1))
         m = tl.where(top == -_INF, 0.0, top)
-        c = 1 / _size(top)
+        c = 1 / _size(top, q, "product")
         p = tl.exp(x - m[:, None])
         w = tl.where(x == -_INF, 0.0, x * c[:, None] * p)
         shrink = tl.exp(mx - m)
         l = l * shrink + tl.sum(p, 1)
         vt = load_tile(v, start, stride_v, Tk, BN, DV, DVP, EDGE)
-        acc = acc * (shrink * (_size(mx) * c))[:, None] + product(w.to(vt.dtype), vt)
+        acc = acc * (shrink * (_size(mx, q, "product") * c))[:, None] + product(w.to(vt.dtype), vt)
         mx = top
     return acc, l, mn, mx
 
 
 @triton.jit
-def _norm(l, mx, VARIANT: tl.constexpr):
-    if VARIANT == "product":
-        return _size(mx) / tl.where(l == 0, 1.0, l)
-    return 1 / tl.where(l == 0, 1.0, l)
+def _norm(l, mx, q, VARIANT: tl.constexpr):
+    return _size(mx, q, VARIANT) / tl.where(l == 0, 1.0, l)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "upper", "lower", "total_q", "tiles"])
@@ -199,7 +201,7 @@ def attention_forward(
             bias, bias_i, bias_j, mask, mask_i, mask_j,
             VARIANT, True, True, CAUSAL, WINDOW, BIAS, MASK, D, DP, DV, DVP, BN,
         )  # fmt: skip
-        acc = tl.where(poison > 0, float("nan"), acc * _norm(l, mx, VARIANT)[:, None])
+        acc = tl.where(poison > 0, float("nan"), acc * _norm(l, mx, qt, VARIANT)[:, None])
         store_tile(o, row, o_t, Tq, acc, bad, BM, DV, DVP)
     else:
         mn = tl.full((BM,), _INF, tl.float32)
@@ -253,6 +255,6 @@ def attention_forward(
         tl.store(at, mx, mask=each)
         tl.store(at + 1, l, mask=each)
         tl.store(at + 2, mn, mask=each)
-        acc *= _norm(l, mx, VARIANT)[:, None]
+        acc *= _norm(l, mx, qt, VARIANT)[:, None]
         store_tile(o, row, o_t, Tq, acc, each, BM, DV, DVP)
         tl.store(flags, tl.max(bad_rows(acc).to(tl.int32), 0))

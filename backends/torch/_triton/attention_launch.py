@@ -10,9 +10,12 @@ from sa_softmax.backends.torch import _state
 from sa_softmax.backends.torch._triton.attention_backward import attention_dbias, attention_dkv, attention_dq
 from sa_softmax.backends.torch._triton.attention_forward import attention_forward
 from sa_softmax.backends.torch._triton.attention_pieces import merge_pieces, state_of_piece
+from sa_softmax.backends.torch._triton.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from triton.backends.compiler import GPUTarget
 
     from sa_softmax.backends.torch._triton.compile_check import Instance
 
@@ -46,12 +49,12 @@ def tiles(kernel: str, dtype: torch.dtype, d: int) -> Tiles:
     return table[max(d, min(table))]
 
 
-def _fitted(of: Tiles, kernel: str) -> Tiles:
-    """``of``, which is for Hopper, on the device at hand."""
-    if torch.version.hip is not None:  # warps of 64 threads, with 64 KiB of shared memory
-        return of._replace(num_warps=max(of.num_warps // 2, 1), num_stages=min(of.num_stages, 2))
-    if kernel == "forward" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
-        return of._replace(BN=min(of.BN, 32))
+def _fitted(of: Tiles, kernel: str, target: "GPUTarget") -> Tiles:
+    """``of``, which is for Hopper, on ``target``."""
+    if kernel == "forward" and (target.backend == "hip" or target.arch < 90):
+        of = of._replace(BN=min(of.BN, 32))  # 64 keys spill, without Hopper's operands in shared memory
+    if target.backend == "hip":  # warps of 64 threads, with 64 KiB of shared memory
+        of = of._replace(num_warps=max(of.num_warps // 2, 1), num_stages=min(of.num_stages, 2))
     return of
 
 
@@ -180,9 +183,13 @@ class _Shape:
         """Queries in a head of the tensor q."""
         return self.q.shape[2]
 
-    def options(self, kernel: str, upper: int | None, lower: int | None, variant: str) -> dict[str, Any]:
+    def options(
+        self, kernel: str, upper: int | None, lower: int | None, variant: str, target: "GPUTarget | None" = None
+    ) -> dict[str, Any]:
+        """Constants and options of a launch on the tensors' device, or on ``target``."""
+        target = target or target_of(self.q.device)
         DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (self.D, self.DV))
-        BM, BN, warps, stages = _fitted(tiles(kernel, self.q.dtype, max(DP, DVP)), kernel)
+        BM, BN, warps, stages = _fitted(tiles(kernel, self.q.dtype, max(DP, DVP)), kernel, target)
         return {
             "VARIANT": variant, "CAUSAL": upper is not None, "WINDOW": lower is not None,
             "BIAS": self.bias is not None, "MASK": self.mask is not None, "VARLEN": self.cu[0] is not None,
@@ -297,11 +304,13 @@ def _backward(
     return dq, dk, dv, dbias
 
 
-def instances() -> "Iterator[Instance]":
+def instances(target: "GPUTarget") -> "Iterator[Instance]":
     """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: what takes the most registers."""
     for name in ("forward", "dq", "dkv"):
-        yield _instance(name, torch.bfloat16, 128, "normalized")
-    yield _instance("state", torch.bfloat16, 128, "both variants")
+        for dtype in (torch.bfloat16, torch.float16):
+            yield _instance(name, dtype, 128, "normalized", target)
+    yield _instance("forward", torch.bfloat16, 128, "product", target)
+    yield _instance("state", torch.bfloat16, 128, "both variants", target)
 
 
 _KERNELS = {
@@ -310,12 +319,12 @@ _KERNELS = {
 }  # fmt: skip
 
 
-def _instance(name: str, dtype: torch.dtype, d: int, variant: str) -> "Instance":
+def _instance(name: str, dtype: torch.dtype, d: int, variant: str, target: "GPUTarget") -> "Instance":
     from sa_softmax.backends.torch._triton.compile_check import Instance
 
     kernel = _KERNELS[name]
     x = torch.empty(2, 16, 4096, d, dtype=dtype, device="meta")
-    options = _Shape(x, x, x).options(name, 0, None, variant) | {"CAREFUL": False}
+    options = _Shape(x, x, x).options(name, 0, None, variant, target) | {"CAREFUL": False}
     options |= {"OVER_B": True, "OVER_H": False, "OVER_I": False, "OVER_J": False}
     values = dict.fromkeys(("bias", "mask", "cu_q", "cu_k")) | {"flags": torch.int32, "places": torch.int32}
     values |= dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), dtype)
@@ -327,7 +336,4 @@ def _instance(name: str, dtype: torch.dtype, d: int, variant: str) -> "Instance"
     # Whatever is left is a stride or a size, of which multiples of 16 are compiled alike.
     arguments = {p.name: values.get(p.name, 4096) for p in kernel.params}
     label = f"{kernel.__name__} {variant}, {str(dtype).removeprefix('torch.')}, D = {d}, causal"
-    # An A100 is given smaller tiles for the forward pass, see _fitted.
-    spills = {"sm_80": 64, "gfx942": 4} if name == "forward" else {}
-    amd = {"num_warps": compiler["num_warps"] // 2, "num_stages": min(compiler["num_stages"], 2)}
-    return Instance(label, kernel, arguments, compiler, amd=amd, spills=spills)
+    return Instance(label, kernel, arguments, compiler)

@@ -11,7 +11,7 @@ The queries of a group share their keys, so a tile has the rows of all its heads
 import triton
 import triton.language as tl
 
-from sa_softmax.backends.torch._triton.attention_tiles import finite, infinite, participating, product
+from sa_softmax.backends.torch._triton.attention_tiles import finite, infinite, lift, participating, product
 
 __all__ = ["merge_pieces", "state_of_piece"]
 
@@ -75,11 +75,11 @@ def state_of_piece(
         l = l * shrink + tl.sum(p, 1)
         poison += product((x != -_INF).to(vt.dtype), infinite(vt))
         vt = finite(vt)
-        acc1 = (acc1 + step[:, None] * acc0) * shrink[:, None] + product(shifted.to(vt.dtype), vt)
-        acc0 = acc0 * shrink[:, None] + product(p.to(vt.dtype), vt)
+        acc1 = (acc1 + step[:, None] * acc0) * shrink[:, None] + product((shifted * lift(vt)).to(vt.dtype), vt)
+        acc0 = acc0 * shrink[:, None] + product((p * lift(vt)).to(vt.dtype), vt)
         m = top
-    acc0 = tl.where(poison > 0, float("nan"), acc0)
-    acc1 = tl.where(poison > 0, float("nan"), acc1)
+    acc0 = tl.where(poison > 0, float("nan"), acc0 * (1 / lift(qt)))
+    acc1 = tl.where(poison > 0, float("nan"), acc1 * (1 / lift(qt)))
     rows = tl.num_programs(1) * G * Tq
     row = tl.cast(tl.program_id(2), tl.int64) * rows + tl.program_id(1) * G * Tq + r
     tl.store(extrema + row * 3, m, mask=each)

@@ -40,6 +40,49 @@ def product(a, b):
 
 
 @triton.jit
+def lift(b):
+    """What weights of at most 24 are multiplied by before they are rounded to the dtype of b: normal down to 2^-25."""
+    return 2048.0 if b.dtype == tl.float16 else 1.0
+
+
+@triton.jit
+def _power(e):
+    """The power of two whose biased exponent is e, from 1 to 254."""
+    return (e << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponents(ROWS: tl.constexpr):
+    """The e that :func:`accumulate` starts with: the smallest for which the factor and its inverse are normal."""
+    return tl.full((ROWS,), 15, tl.int32)
+
+
+@triton.jit
+def accumulate(acc, e, w, b):
+    """acc + w @ b and e. ``w`` is float32, and rounded to the dtype of b once.
+
+    For a b in float16, a row of ``w`` is multiplied by a power of two first, with which the largest |w| so far is from
+    2^14 to 2^15: so it does not overflow, and only what is 2^28 times smaller is rounded to a subnormal number.
+    ``e`` is the exponent, biased, of that largest |w|, and acc the sum with this factor until :func:`accumulated`.
+    """
+    if b.dtype == tl.float16:
+        grown = tl.max(tl.abs(w), 1).to(tl.int32, bitcast=True) >> 23
+        grown = tl.minimum(tl.maximum(grown, e), 254)
+        acc *= _power(tl.maximum(127 + e - grown, 1))[:, None]
+        w *= _power(127 + 141 - grown)[:, None]
+        e = grown
+    return acc + product(w.to(b.dtype), b), e
+
+
+@triton.jit
+def accumulated(acc, e, b):
+    """The sum itself, for the ``acc`` and ``e`` of :func:`accumulate` and any b of that dtype."""
+    if b.dtype == tl.float16:
+        acc *= _power(127 + e - 141)[:, None]
+    return acc
+
+
+@triton.jit
 def finite(x):
     """x, with 0 where it is NaN or infinite."""
     return tl.where(tl.abs(x.to(tl.float32)) < _INF, x, tl.zeros_like(x))

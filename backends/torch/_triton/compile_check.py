@@ -2,9 +2,9 @@
 
     python -m sa_softmax.backends.torch._triton.compile_check [--write docs/triton-registers.md]
 
-A module of kernels takes part by being named in ``MODULES`` and defining ``instances()``, which yields an
-:class:`Instance` for each way the kernels are launched that is worth a line. Triton brings the assemblers along.
-TRITON_INTERPRET must not be set: it replaces the compiler.
+A module of kernels takes part by being named in ``MODULES`` and defining ``instances(target)``, which yields an
+:class:`Instance` for each way the kernels are launched on that GPU which is worth a line. Triton brings the assemblers
+along. TRITON_INTERPRET must not be set: it replaces the compiler.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +36,23 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Instance:
-    """One compilation of a kernel.
+    """One compilation of a kernel, for the target that :func:`instances` was asked for.
 
     ``arguments`` are those of a launch by name, with a ``torch.dtype`` in the place of a tensor; whatever is a multiple
-    of 16, pointers included, or 1, is compiled as such, as a launch would. ``options`` are those of the launch, ``amd``
-    what differs there. ``registers`` is the most that one thread may take, by target, and by default
-    what the register file gives to each thread of one program; ``spills`` the most bytes it may spill, by default 0.
+    of 16, pointers included, or 1, is compiled as such, as a launch would. ``options`` are those of the launch;
+    ``spills`` is the most bytes that it may spill.
     """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
-    amd: dict[str, Any] = field(default_factory=dict)
-    registers: dict[str, int] = field(default_factory=dict)
-    spills: dict[str, int] = field(default_factory=dict)
-
-    def options_on(self, target: str) -> dict[str, Any]:
-        return self.options | (self.amd if TARGETS[target].backend == "hip" else {})
+    spills: int = 0
 
     def most_registers(self, target: str) -> int:
-        return self.registers.get(target, self._fitting(target))
-
-    def most_spilled(self, target: str) -> int:
-        return self.spills.get(target, 0)
-
-    def _fitting(self, target: str) -> int:
+        """What the register file gives to each thread of one program."""
         most, file = (255, 65536) if TARGETS[target].backend == "cuda" else (512, 131072)
-        return min(most, file // (self.options_on(target)["num_warps"] * TARGETS[target].warp_size))
+        return min(most, file // (self.options["num_warps"] * TARGETS[target].warp_size))
 
 
 @dataclass(frozen=True)
@@ -75,17 +64,17 @@ class Usage:
     shared: int
 
 
-def instances() -> Iterator[Instance]:
-    """Those of all MODULES."""
+def instances(target: str) -> Iterator[Instance]:
+    """Those of all MODULES on one of TARGETS."""
     for module in MODULES:
-        yield from importlib.import_module(f"sa_softmax.backends.torch._triton.{module}").instances()
+        yield from importlib.import_module(f"sa_softmax.backends.torch._triton.{module}").instances(TARGETS[target])
 
 
 def measure(instance: Instance, target: str) -> Usage:
     """Compile, and read what the assembler says. RuntimeError where Triton interprets instead."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET replaces the compiler; unset it before Triton is imported")
-    compiled = triton.compile(_source(instance), target=TARGETS[target], options=instance.options_on(target))
+    compiled = triton.compile(_source(instance), target=TARGETS[target], options=instance.options)
     return (_nvidia if TARGETS[target].backend == "cuda" else _amd)(compiled)
 
 
@@ -151,7 +140,7 @@ def broken(instance: Instance, target: str, usage: Usage) -> list[str]:
     """What the usage breaks, in words; empty if it keeps all bounds."""
     bounds = {
         "registers": instance.most_registers(target),
-        "spills": instance.most_spilled(target),
+        "spills": instance.spills,
         "shared": SHARED[target],
     }
     return [
@@ -164,14 +153,14 @@ def broken(instance: Instance, target: str, usage: Usage) -> list[str]:
 def check() -> tuple[str, list[str]]:
     """The Markdown table of every instance on every target, and what breaks its bounds."""
     rows, problems = [], []
-    for instance in instances():
+    for on_targets in zip(*(instances(target) for target in TARGETS), strict=True):
         cells = []
-        for target in TARGETS:
+        for target, instance in zip(TARGETS, on_targets, strict=True):
             usage = measure(instance, target)
             problems += broken(instance, target, usage)
             registers = f"{usage.registers} of {instance.most_registers(target)}"
             cells.append(f"{registers}, {usage.spills} B, {usage.shared / 1024:g} KiB")
-        rows.append(f"| {instance.name} | {' | '.join(cells)} |")
+        rows.append(f"| {on_targets[0].name} | {' | '.join(cells)} |")
     head = ["kernel", *TARGETS]
     return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows]), problems
 

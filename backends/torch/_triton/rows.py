@@ -30,7 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sa_softmax.backends.torch._triton.target import target_of
+
 if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+
     from sa_softmax.backends.torch._triton.compile_check import Instance
 
 __all__ = ["WHOLE", "row", "row_vjp"]
@@ -67,7 +71,7 @@ def _run(direction: str, inputs: tuple[Tensor, ...], where: Tensor | None, axis:
     arguments = (*inputs, out, where, *strides, plan.sizes, rows, n)
     chunks = triton.cdiv(n, plan.columns)
     constants = _constants(plan, variant, chunks)
-    options = {"num_warps": plan.threads // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
+    options = {"num_warps": plan.threads // target_of(x.device).warp_size, "enable_fp_fusion": False}
     grid = (triton.cdiv(rows, plan.rows), chunks)
     statistics, write = _KERNELS[direction]
     partials = None
@@ -407,7 +411,7 @@ _KERNELS = {"forward": (forward_statistics, forward), "vjp": (vjp_statistics, vj
 _TENSORS = {"forward": ["x", "y"], "vjp": ["x", "g", "dx"]}
 
 
-def instances() -> "Iterator[Instance]":
+def instances(target: "GPUTarget") -> "Iterator[Instance]":
     """What :mod:`~sa_softmax.backends.torch._triton.compile_check` compiles: both ends of the widths that one program
     takes, what takes the most registers, and each kernel."""
     cases = [
@@ -423,12 +427,13 @@ def instances() -> "Iterator[Instance]":
     ]
     for direction in _KERNELS:
         for case in cases:
-            yield from _instances(direction, *case)
+            yield from _instances(target, direction, *case)
 
 
 def _instances(
-    direction: str, variant: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int, masked: bool
-) -> "Iterator[Instance]":
+    target: "GPUTarget", direction: str, variant: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int,
+    masked: bool,
+) -> "Iterator[Instance]":  # fmt: skip
     from sa_softmax.backends.torch._triton.compile_check import Instance
 
     names = [*_TENSORS[direction], *(["where"] if masked else [])]
@@ -448,8 +453,7 @@ def _instances(
             f"{kernel.__name__} {of}{', where' if masked else ''}",
             kernel,
             arguments,
-            {"num_warps": plan.threads // 32, "enable_fp_fusion": False},
-            amd={"num_warps": plan.threads // 64},
-            # An A100 lacks a few registers of a thread where 1024 threads hold a row of 32768 columns.
-            spills={"sm_80": 64} if plan.columns == WHOLE["forward"] else {},
+            {"num_warps": plan.threads // target.warp_size, "enable_fp_fusion": False},
+            # 1024 threads that hold a row lack 6 registers on an A100; half as many threads lack more.
+            spills=24 if target.arch == 80 and plan.columns == WHOLE["forward"] else 0,
         )
