@@ -73,8 +73,11 @@ def test_kernels_refuse_the_derivatives_that_they_do_not_have() -> None:
 # Values: what conformance asks, in part, and at lengths that need several blocks.
 
 
-def subset(adapter: Any, every: int) -> list[Any]:
-    """Each group of attention cases, thinned out; tests/test_conformance.py runs all of the default."""
+def subset(adapter: Any, every: int, *always: str) -> list[Any]:
+    """Each group of attention cases, thinned out, and those whose id has one of the words ``always``.
+
+    tests/test_conformance.py runs all of the default.
+    """
     wide = ("/float32/", "/float64/")
     cases = [
         case for case in conformance.cases() if case.id.startswith("attention.") and any(d in case.id for d in wide)
@@ -83,11 +86,12 @@ def subset(adapter: Any, every: int) -> list[Any]:
     return [
         pytest.param(adapter, case, id=f"{adapter.name} {case.id}")
         for _, group in groups
-        for case in list(group)[::every]
+        for number, case in enumerate(group)
+        if number % every == 0 or any(word in case.id for word in always)
     ]
 
 
-@pytest.mark.parametrize(("adapter", "case"), subset(BlockwiseAdapter(), 33) + subset(PallasAdapter(), 49))
+@pytest.mark.parametrize(("adapter", "case"), subset(BlockwiseAdapter(), 33) + subset(PallasAdapter(), 49, "nan-value"))
 def test_conformance_in_part(adapter: Any, case: Any) -> None:
     case.check(adapter, "cpu")
 

@@ -184,12 +184,7 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
         e = jnp.where(on, jnp.exp(x - row.shift), 0)
         weights = jnp.where(on, row.factor(x, static.variant) * e, 0)
         v = _block_of(inputs.v, j, static.bk)
-        # NaN of a participating value must come out, one of an excluded value must not (A6).
-        poison = jax.lax.cond(
-            inputs.dirty[0, 0] != 0,
-            lambda: poison + _dot(on.astype(compute), (~_is_finite(v)).astype(compute), (1, 0)),
-            lambda: poison,
-        )
+        poison = _poisoned(inputs, poison, on, v)
         o = o + _dot(_rounded(weights, v, static), _as(_finite(v), weights, static), (1, 0))
         return l + jnp.sum(e, axis=1, keepdims=True), o, poison
 
@@ -246,13 +241,15 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> Non
         return x, on, keys, jnp.where(on, jnp.exp(x - row.shift), 0) * r, g
 
     def total(j: Any, sums: Any) -> Any:
-        x, _, _, p, g = scores(j)
-        D, S = sums
-        y = row.factor(x, static.variant) * p
-        return D + jnp.sum(g * y, axis=1, keepdims=True), S + jnp.sum(g * p, axis=1, keepdims=True)
+        x, on, _, p, g = scores(j)
+        D, S, poison = sums
+        D = D + jnp.sum(g * (row.factor(x, static.variant) * p), axis=1, keepdims=True)
+        poison = _poisoned(inputs, poison, on, _block_of(inputs.v, j, static.bk))
+        return D, S + jnp.sum(g * p, axis=1, keepdims=True), poison
 
     zero = jnp.zeros((static.bq, 1), compute)
-    D, S = _loop(blocks, total, (zero, zero))
+    D, S, poison = _loop(blocks, total, (zero, zero, jnp.zeros(do.shape, compute)))
+    D = jnp.where(jnp.max(poison, axis=1, keepdims=True) > 0, jnp.nan, D)  # and with it the gradient of the row
     D_ref[...], S_ref[...] = D, S
 
     def gradient(j: Any, dq: jax.Array) -> jax.Array:
@@ -420,6 +417,18 @@ def _rounded(weights: jax.Array, like: jax.Array, static: _Static) -> jax.Array:
 def _as(x: jax.Array, weights: jax.Array, static: _Static) -> jax.Array:
     """``x`` in the dtype that :func:`_rounded` gives ``weights``."""
     return x.astype(_rounded(weights, x, static).dtype)
+
+
+def _poisoned(inputs: _Inputs, poison: jax.Array, on: jax.Array, v: jax.Array) -> jax.Array:
+    """``poison`` and, for each query and column, how many participating values are not finite.
+
+    NaN of a participating value must come out, one of an excluded value must not (A6).
+    """
+    return jax.lax.cond(
+        inputs.dirty[0, 0] != 0,
+        lambda: poison + _dot(on.astype(poison.dtype), (~_is_finite(v)).astype(poison.dtype), (1, 0)),
+        lambda: poison,
+    )
 
 
 def _is_finite(x: jax.Array) -> jax.Array:
