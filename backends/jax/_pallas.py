@@ -263,7 +263,7 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> Non
             else:
                 ref[...] += jnp.sum(shared, axis=1, keepdims=True)
         k = _finite(_block_of(inputs.k, j, static.bk))
-        return dq + _dot(_rounded(dx, k, static), _as(k, dx, static), (1, 0))
+        return dq + _dot(*_factors(dx, k), (1, 0))
 
     for ref in dx_ref:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
@@ -289,7 +289,7 @@ def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> No
             g = jnp.where(on, _dot(do, v, (1, 1)), 0)
             y = jnp.where(on, row.factor(x, static.variant) * p, 0)
             dx = jnp.where(on, row.gradient(x, p, g, D, S, keys == at_max, keys == at_min, static.variant), 0)
-            dk = dk + _dot(_rounded(dx, q, static), _as(_finite(q), dx, static), (0, 0))
+            dk = dk + _dot(*_factors(dx, _finite(q)), (0, 0))
             return dk, dv + _dot(_rounded(y, do, static), _as(do, y, static), (0, 0))
 
         return _loop(count, gradient, sums, first)
@@ -409,8 +409,13 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any = Non
     )  # fmt: skip
 
 
+def _factors(dx: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dX and q or k as factors of a product: dX rounded to 16 bits once, save to float16, where it may underflow."""
+    return (dx, like.astype(dx.dtype)) if like.dtype == jnp.float16 else (dx.astype(like.dtype), like)
+
+
 def _rounded(weights: jax.Array, like: jax.Array, static: _Static) -> jax.Array:
-    """Y or dX as a factor of a product: rounded to 16 bits once (A10), save where float16 would overflow."""
+    """Y as a factor of a product: rounded to 16 bits once (A10), save where float16 would overflow."""
     return weights if like.dtype == jnp.float16 and static.variant == "product" else weights.astype(like.dtype)
 
 
