@@ -15,6 +15,8 @@ MATERIALISED = 512 * 512
 """Scores per head up to which XLA materialises all of them at once."""
 QUERIES = 128
 """Queries of a block beyond that."""
+SPANS = 4
+"""Into how many spans of blocks causal queries are divided; each leaves out the keys that none of its queries sees."""
 
 # The default precision rounds float32 factors to bfloat16 on TPUs and to TF32 on GPUs.
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -102,7 +104,6 @@ def _in_blocks(q_length: int, k_length: int) -> bool:
     return q_length > QUERIES and q_length * k_length > MATERIALISED
 
 
-@partial(jax.jit, static_argnames="variant")
 def _sa_attention(
     q: jax.Array,
     k: jax.Array,
@@ -113,12 +114,12 @@ def _sa_attention(
     q_offset: int | None,
     variant: str,
 ) -> jax.Array:
-    length = q.shape[-2]
-    if not _in_blocks(length, k.shape[-2]):
+    if not _in_blocks(q.shape[-2], k.shape[-2]):
         return _at_once(q, k, v, bias, mask, scale, q_offset, variant)
     return by_blocks(q, k, v, bias, mask, scale, q_offset, variant, QUERIES)
 
 
+@partial(jax.jit, static_argnames=("q_offset", "variant", "size"))
 def by_blocks(
     q: jax.Array,
     k: jax.Array,
@@ -132,8 +133,47 @@ def by_blocks(
 ) -> jax.Array:
     """Attention of ``size`` queries after the other, whose scores are computed anew for the derivative.
 
-    The batch and the heads stay whole, so that arrays that are sharded along them stay as they are.
+    The batch and the heads stay whole, so that arrays that are sharded along them stay as they are. The lengths of the
+    keys are static, as reverse mode demands: with n spans, causal attention of equal lengths computes (1 + 1/n) / 2
+    of the scores.
     """
+    length, k_length = q.shape[-2], k.shape[-2]
+    if q_offset is None or length == 0:
+        return _span(q, k, v, bias, mask, scale, q_offset, variant, size)
+    q_offset = min(q_offset, k_length)  # so that 32 bits hold its sum with a position
+    blocks = -(-length // size)
+    step = -(-blocks // SPANS) * size
+
+    def span(start: int) -> jax.Array:
+        stop = min(start + step, length)
+        queries, keys = slice(start, stop), slice(min(max(stop + q_offset, 0), k_length))
+
+        def part(x: jax.Array | None) -> jax.Array | None:
+            """Those rows and columns; axes along which it repeats stay 1."""
+            if x is not None and x.ndim > 1 and x.shape[-2] > 1:
+                x = x[..., queries, :]
+            return x[..., keys] if x is not None and x.ndim > 0 and x.shape[-1] > 1 else x
+
+        return _span(
+            q[..., queries, :], k[..., keys, :], v[..., keys, :], part(bias), part(mask), scale, q_offset + start,
+            variant, size,
+        )  # fmt: skip
+
+    return jnp.concatenate([span(start) for start in range(0, length, step)], axis=-2)
+
+
+def _span(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: float,
+    q_offset: int | None,
+    variant: str,
+    size: int,
+) -> jax.Array:
+    """Attention of queries block by block, all over the same keys."""
     length = q.shape[-2]
     count = -(-length // size)
 
@@ -155,7 +195,7 @@ def by_blocks(
             q, k, v,
             bias if own_bias is None else own_bias,
             see,
-            scale, None if q_offset is None else _shifted(q_offset, start), variant,
+            scale, None if q_offset is None else q_offset + start, variant,
         )  # fmt: skip
 
     starts = size * jnp.arange(count, dtype=jnp.int32)
@@ -163,11 +203,7 @@ def by_blocks(
     return o.reshape(*q.shape[:-2], count * size, v.shape[-1])[..., :length, :]
 
 
-def _shifted(q_offset: Any, start: jax.Array) -> jax.Array:
-    """q_offset + start, where 32 bits hold it."""
-    return jnp.minimum(jnp.asarray(q_offset, jnp.int32), 2**31 - 1 - start) + start
-
-
+@partial(jax.jit, static_argnames="variant")
 def _at_once(
     q: jax.Array,
     k: jax.Array,

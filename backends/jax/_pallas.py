@@ -184,12 +184,7 @@ def _forward_kernel(static: _Static, inputs: _Inputs, o_ref: Any, *stats: Any) -
         e = jnp.where(on, jnp.exp(x - row.shift), 0)
         weights = jnp.where(on, row.factor(x, static.variant) * e, 0)
         v = _block_of(inputs.v, j, static.bk)
-        # NaN of a participating value must come out, one of an excluded value must not (A6).
-        poison = jax.lax.cond(
-            inputs.dirty[0, 0] != 0,
-            lambda: poison + _dot(on.astype(compute), (~_is_finite(v)).astype(compute), (1, 0)),
-            lambda: poison,
-        )
+        poison = _poisoned(inputs, poison, on, v)
         o = o + _dot(_rounded(weights, v, static), _as(_finite(v), weights, static), (1, 0))
         return l + jnp.sum(e, axis=1, keepdims=True), o, poison
 
@@ -209,11 +204,13 @@ def _backward(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) ->
     do = jnp.where(stats.l == 0, 0, do)  # a query without keys sends no gradient, whatever it is sent
     per_query = [do, *stats]
 
-    dx_shape = (B, H, Tq, Tk)
     sums = [_blocks((B, H, Tq, 1), compute, static.bq)] * 2
     out = [_blocks(inputs.q.shape, inputs.q.dtype, static.bq), *sums]
     if inputs.bias is not None:
-        out.append(_blocks(dx_shape, compute, static.bq))
+        _, _, rows, columns = inputs.bias.shape
+        block = (1 if rows == 1 else static.bq, columns)
+        dx_shape = jax.ShapeDtypeStruct((B, H, Tq // static.bq, *block), compute)
+        out.append(_Cut(dx_shape, pl.BlockSpec((None, None, None, *block), lambda b, h, i: (b, h, i, 0, 0))))
     specs = _by_query(static, inputs) + [_query_blocks(x, static) for x in per_query]
     dq, D, S, *dx = _call(_dq_kernel, static, (B, H, Tq // static.bq), specs, out)
 
@@ -223,8 +220,9 @@ def _backward(static: _Static, inputs: _Inputs, stats: _Stats, do: jax.Array) ->
 
     dbias = None
     if inputs.bias is not None:
-        broadcast = [axis for axis, n in enumerate(inputs.bias.shape) if n != dx_shape[axis]]
-        dbias = dx[0].sum(broadcast, keepdims=True).astype(inputs.bias.dtype)
+        dbias = dx[0].sum(2) if rows == 1 else dx[0].reshape(B, H, Tq, columns)
+        broadcast = [axis for axis in (0, 1) if inputs.bias.shape[axis] == 1]
+        dbias = dbias.sum(broadcast, keepdims=True).astype(inputs.bias.dtype)
     no_gradient = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (inputs.dirty, inputs.mask)]
     return _Inputs(dq, dk, dv, no_gradient[0], dbias, no_gradient[1])
 
@@ -243,23 +241,29 @@ def _dq_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> Non
         return x, on, keys, jnp.where(on, jnp.exp(x - row.shift), 0) * r, g
 
     def total(j: Any, sums: Any) -> Any:
-        x, _, _, p, g = scores(j)
-        D, S = sums
-        y = row.factor(x, static.variant) * p
-        return D + jnp.sum(g * y, axis=1, keepdims=True), S + jnp.sum(g * p, axis=1, keepdims=True)
+        x, on, _, p, g = scores(j)
+        D, S, poison = sums
+        D = D + jnp.sum(g * (row.factor(x, static.variant) * p), axis=1, keepdims=True)
+        poison = _poisoned(inputs, poison, on, _block_of(inputs.v, j, static.bk))
+        return D, S + jnp.sum(g * p, axis=1, keepdims=True), poison
 
     zero = jnp.zeros((static.bq, 1), compute)
-    D, S = _loop(blocks, total, (zero, zero))
+    D, S, poison = _loop(blocks, total, (zero, zero, jnp.zeros(do.shape, compute)))
+    D = jnp.where(jnp.max(poison, axis=1, keepdims=True) > 0, jnp.nan, D)  # and with it the gradient of the row
     D_ref[...], S_ref[...] = D, S
 
     def gradient(j: Any, dq: jax.Array) -> jax.Array:
         x, on, keys, p, g = scores(j)
         dx = row.gradient(x, p, g, D, S, keys == stats.at_max[...], keys == stats.at_min[...], static.variant)
         dx = jnp.where(on, dx, 0)
-        for ref in dx_ref:
-            ref[:, pl.ds(_at(j, static.bk), static.bk)] = dx
+        for ref in dx_ref:  # the bias's gradient, summed over the queries or keys of the block that share an entry
+            shared = dx if ref.shape[0] > 1 else jnp.sum(dx, axis=0, keepdims=True)
+            if ref.shape[1] > 1:
+                ref[:, pl.ds(_at(j, static.bk), static.bk)] = shared
+            else:
+                ref[...] += jnp.sum(shared, axis=1, keepdims=True)
         k = _finite(_block_of(inputs.k, j, static.bk))
-        return dq + _dot(_rounded(dx, k, static), _as(k, dx, static), (1, 0))
+        return dq + _dot(*_factors(dx, k), (1, 0))
 
     for ref in dx_ref:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
@@ -271,25 +275,27 @@ def _dkv_kernel(static: _Static, inputs: _Inputs, do_ref: Any, *refs: Any) -> No
     stats, (D_ref, S_ref, dk_ref, dv_ref) = _Stats(*refs[:5]), refs[5:]
     k, v, compute = inputs.k[...], _finite(inputs.v[...]), D_ref.dtype
     j, (heads, Tq, _) = pl.program_id(2), inputs.q.shape
-    count = Tq // static.bq
+    first, count = _first_query_block(static, inputs), Tq // static.bq
 
-    def gradient(step: Any, carry: Any) -> Any:
-        dk, dv = carry
-        h, i = _divided(step, count), jax.lax.rem(step, jnp.int32(count))
-        here = (h, pl.ds(_at(i, static.bq), static.bq), slice(None))
-        q, do, D, S = inputs.q[here], do_ref[here], D_ref[here], S_ref[here]
-        x_max, x_min, l, at_max, at_min = (ref[here] for ref in stats)  # noqa: E741
-        row = _Row.of(x_max, x_min)
-        x, on, keys = _scores(static, inputs, q, k, i, j, h, compute)
-        p = jnp.where(on, jnp.exp(x - row.shift), 0) / jnp.where(l == 0, 1, l)
-        g = jnp.where(on, _dot(do, v, (1, 1)), 0)
-        y = jnp.where(on, row.factor(x, static.variant) * p, 0)
-        dx = jnp.where(on, row.gradient(x, p, g, D, S, keys == at_max, keys == at_min, static.variant), 0)
-        dk = dk + _dot(_rounded(dx, q, static), _as(_finite(q), dx, static), (0, 0))
-        return dk, dv + _dot(_rounded(y, do, static), _as(do, y, static), (0, 0))
+    def of_head(h: Any, sums: Any) -> Any:
+        def gradient(i: Any, sums: Any) -> Any:
+            dk, dv = sums
+            here = (h, pl.ds(_at(i, static.bq), static.bq), slice(None))
+            q, do, D, S = inputs.q[here], do_ref[here], D_ref[here], S_ref[here]
+            x_max, x_min, l, at_max, at_min = (ref[here] for ref in stats)  # noqa: E741
+            row = _Row.of(x_max, x_min)
+            x, on, keys = _scores(static, inputs, q, k, i, j, h, compute)
+            p = jnp.where(on, jnp.exp(x - row.shift), 0) / jnp.where(l == 0, 1, l)
+            g = jnp.where(on, _dot(do, v, (1, 1)), 0)
+            y = jnp.where(on, row.factor(x, static.variant) * p, 0)
+            dx = jnp.where(on, row.gradient(x, p, g, D, S, keys == at_max, keys == at_min, static.variant), 0)
+            dk = dk + _dot(*_factors(dx, _finite(q)), (0, 0))
+            return dk, dv + _dot(_rounded(y, do, static), _as(do, y, static), (0, 0))
+
+        return _loop(count, gradient, sums, first)
 
     start = (jnp.zeros(k.shape, compute), jnp.zeros(v.shape, compute))
-    dk, dv = _loop(heads * count, gradient, start)
+    dk, dv = _loop(heads, of_head, start)
     dk_ref[...] = (static.scale * dk).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
@@ -370,8 +376,16 @@ def _key_blocks(static: _Static, inputs: _Inputs) -> Any:
     return _divided(jnp.clip(seen + static.bk - 1, 0, blocks * static.bk), static.bk)
 
 
-def _loop(count: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
-    return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, start)
+def _first_query_block(static: _Static, inputs: _Inputs) -> Any:
+    """The first block of queries that sees any of a block of keys: those before the diagonal are left out."""
+    if static.q_offset is None:
+        return 0
+    seeing = pl.program_id(2) * static.bk - min(max(static.q_offset, -(2**30)), 2**30)
+    return _divided(jnp.clip(seeing, 0, inputs.q.shape[1]), static.bq)
+
+
+def _loop(stop: Any, body: Callable[[Any, Any], Any], carry: Any, start: Any = 0) -> Any:
+    return jax.lax.fori_loop(jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32), body, carry)
 
 
 def _divided(n: Any, size: int) -> jax.Array:
@@ -395,14 +409,31 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any = Non
     )  # fmt: skip
 
 
+def _factors(dx: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dX and q or k as factors of a product: dX rounded to 16 bits once, save to float16, where it may underflow."""
+    return (dx, like.astype(dx.dtype)) if like.dtype == jnp.float16 else (dx.astype(like.dtype), like)
+
+
 def _rounded(weights: jax.Array, like: jax.Array, static: _Static) -> jax.Array:
-    """Y or dX as a factor of a product: rounded to 16 bits once (A10), save where float16 would overflow."""
+    """Y as a factor of a product: rounded to 16 bits once (A10), save where float16 would overflow."""
     return weights if like.dtype == jnp.float16 and static.variant == "product" else weights.astype(like.dtype)
 
 
 def _as(x: jax.Array, weights: jax.Array, static: _Static) -> jax.Array:
     """``x`` in the dtype that :func:`_rounded` gives ``weights``."""
     return x.astype(_rounded(weights, x, static).dtype)
+
+
+def _poisoned(inputs: _Inputs, poison: jax.Array, on: jax.Array, v: jax.Array) -> jax.Array:
+    """``poison`` and, for each query and column, how many participating values are not finite.
+
+    NaN of a participating value must come out, one of an excluded value must not (A6).
+    """
+    return jax.lax.cond(
+        inputs.dirty[0, 0] != 0,
+        lambda: poison + _dot(on.astype(poison.dtype), (~_is_finite(v)).astype(poison.dtype), (1, 0)),
+        lambda: poison,
+    )
 
 
 def _is_finite(x: jax.Array) -> jax.Array:
