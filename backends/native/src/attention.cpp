@@ -191,12 +191,14 @@ struct Head {
       C* const panel = scratch + job.at.keys + j * job.words;
       const int64_t width = between(0, job.tk - j, kColumns<C>);
       if (width < kColumns<C> || job.words > job.d / 2) std::memset(panel, 0, size_t(job.words * kColumns<C>) * sizeof(C));
-      for (int64_t c = 0; c < width; ++c) {
-        const Bfloat* const row = k.data + (j + c) * k.row;
-        for (int64_t i = 0; i < job.d / 2; ++i)
-          panel[i * kColumns<C> + c] = pair(row[2 * i * k.column], row[(2 * i + 1) * k.column]);
-        if (job.d % 2) panel[job.d / 2 * kColumns<C> + c] = pair(row[(job.d - 1) * k.column], Bfloat{0});
-      }
+      for (int64_t i = 0; i < job.d / 2; ++i)  // neighbours are stored
+        for (int64_t c = 0; c < width; ++c) {
+          const Bfloat* const row = k.data + (j + c) * k.row + 2 * i * k.column;
+          panel[i * kColumns<C> + c] = pair(row[0], row[k.column]);
+        }
+      if (job.d % 2)
+        for (int64_t c = 0; c < width; ++c)
+          panel[job.d / 2 * kColumns<C> + c] = pair(k.data[(j + c) * k.row + (job.d - 1) * k.column], Bfloat{0});
     }
     for (int64_t j = keys.begin; j < keys.end; j += 2)
       pair_rows(j, 0, job.dv_pitch, scratch + job.at.rows + j / 2 * job.dv_pitch, false);
@@ -208,7 +210,13 @@ struct Head {
       return careful && !is_finite(widen(value)) ? Bfloat{0} : value;
     };
     const int64_t inside = least(width, job.dv - first);
-    for (int64_t c = 0; c < inside; ++c) words[c] = pair(at(j, first + c), at(j + 1, first + c));
+    if (v.column == 1 && j + 1 < job.tk && !careful) {  // what a compiler can vectorise
+      const Bfloat* const low = v.data + j * v.row + first;
+      const Bfloat* const high = low + v.row;
+      for (int64_t c = 0; c < inside; ++c) words[c] = pair(low[c], high[c]);
+    } else {
+      for (int64_t c = 0; c < inside; ++c) words[c] = pair(at(j, first + c), at(j + 1, first + c));
+    }
     for (int64_t c = inside; c < width; ++c) words[c] = 0;
   }
   template <bool kVjp>
