@@ -109,7 +109,7 @@ template <class T>
 constexpr bool kMayPair = kSame<T, Bfloat> && SA_SOFTMAX_VECTOR == 64;
 
 // Two bfloat16 in a word of the size of C.
-INLINE float pair(Bfloat low, Bfloat high) { return as<float>(uint32_t(low.bits) | uint32_t(high.bits) << 16); }
+[[maybe_unused]] INLINE float pair(Bfloat low, Bfloat high) { return as<float>(uint32_t(low.bits) | uint32_t(high.bits) << 16); }
 
 // A matrix in the caller's memory.
 template <class T>

@@ -5,6 +5,7 @@
 // Everything is in an unnamed namespace and nothing of the standard library is instantiated: see jobs.h.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
 
 #if defined(__x86_64__)
