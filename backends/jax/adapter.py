@@ -4,6 +4,7 @@
 ``BlockwiseAdapter``, attention by blocks of three queries, and ``PallasAdapter``, attention in the kernels.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -20,8 +21,9 @@ from sa_softmax.backends.protocol import OPERATIONS, Array, Gradients
 
 __all__ = ["Adapter", "BlockwiseAdapter", "PallasAdapter"]
 
-# The suite compiles two thousand programs and runs most of them once. Without these options that takes three times as
-# long, and the process runs out of memory maps.
+# The suite compiles some thousands of programs and runs most of them once. Without these options that takes three times
+# as long. A program keeps memory maps, of which a process has a limited number, so they are dropped now and then.
+_KEPT = 256
 QUICK_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -106,10 +108,15 @@ def _attention_vjp(
 
 def _run(function: Callable[..., Any], device: str, *arrays: Array | None, **options: Any) -> Any:
     """Apply ``function`` to the arrays on ``device``; float64 is enabled for this call alone."""
+    if next(_calls) % _KEPT == 0:
+        jax.clear_caches()
     double = any(array is not None and array.dtype == np.float64 for array in arrays)
     with jax.enable_x64(double), jax.default_device(jax.devices(device)[0]):
         result = _jit(function, device)(*jax.tree.map(jnp.asarray, arrays), **options)
         return jax.tree.map(np.asarray, result)
+
+
+_calls = itertools.count(1)
 
 
 @cache
