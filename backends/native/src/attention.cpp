@@ -336,7 +336,8 @@ struct Block {
     const C* const panels = scratch + job.at.keys;
     if constexpr (kMayPair<T>) {
       if (job.pairs != Pairs::none)
-        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, job.words, late_scale() == 1 ? C(job.scale) : C(1), scores);
+        return multiply_panels<Product::pairs>(queries, job.d_pitch, panels, job.words,
+                                               late_scale() == 1 ? C(job.scale) : C(1), scores);
     }
     multiply_panels<Product::scaled>(queries, job.d_pitch, panels, job.d, C(job.scale), scores);
   }

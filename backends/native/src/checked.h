@@ -79,7 +79,8 @@ inline size_t compute_size(DType dtype) { return dtype == DType::float64 ? sizeo
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
-  Scratch(Scratch&& other) noexcept : data_(other.data_), mapped_(other.mapped_) { other.data_ = nullptr; }
+  Scratch(Scratch&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), mapped_(std::exchange(other.mapped_, 0)) {}
   Scratch& operator=(Scratch&&) = delete;
   ~Scratch();
   void* get() const { return data_; }

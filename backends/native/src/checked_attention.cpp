@@ -203,7 +203,7 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   if (problem.empty) return fill_zero(options.dtype, o);
   job.pairs = options.dtype == DType::bfloat16 ? kernels().pairs : Pairs::none;
   const bool tiles = job.pairs == Pairs::tiles;
-  job.words = tiles ? (job.d + 2 * kTileWords - 1) / (2 * kTileWords) * kTileWords : (job.d + 1) / 2;
+  job.words = tiles ? (job.d + 2 * kTile - 1) / (2 * kTile) * kTile : (job.d + 1) / 2;
   problem.choose_block(Problem::cached_scores(), tiles ? kTileRows : kSmallestBlock);
   const int64_t rows = tiles ? (job.block + kTileRows - 1) / kTileRows * kTileRows : job.block;
   const int64_t heads = job.batches * job.heads;

@@ -49,7 +49,7 @@ constexpr int64_t kMostRows = 96;  // of a block
 // How many numbers of 16 bits a product takes at once: one that was widened, or a pair of bfloat16 in each lane of a vector
 // (AVX512_BF16), or in each word of a tile (AMX-BF16).
 enum class Pairs { none, vectors, tiles };
-constexpr int64_t kTileRows = 32, kTileWords = 16;  // that a product of tiles takes at least
+constexpr int64_t kTile = 16, kTileRows = 2 * kTile;  // rows and words of a tile; rows that a product takes
 
 // Where the buffers of a thread begin in its scratch; attention.cpp says what they hold. In elements of the compute type.
 struct AttentionScratch {

@@ -1,6 +1,4 @@
 // Where scratch and the size of the caches come from.
-#include <cstdlib>
-
 #include "checked.h"
 
 #if defined(__linux__)

@@ -152,24 +152,17 @@ template <class T>
 using Compute = typename ComputeType<T>::Type;
 
 // p 2^n, where n = shifted - round is whole: a normal number, or not asked for.
-INLINE Vector<float> scaled(Vector<float> p, Vector<float> n, Vector<float> shifted) {
+template <class C>
+INLINE Vector<C> scaled(Vector<C> p, [[maybe_unused]] Vector<C> n, [[maybe_unused]] Vector<C> shifted) {
 #if defined(__AVX512F__)
-  static_cast<void>(shifted);
-  return _mm512_scalef_ps(p, n);
+  if constexpr (kSame<C, float>)
+    return _mm512_scalef_ps(p, n);
+  else
+    return _mm512_scalef_pd(p, n);
 #else
-  using S = Simd<float>;
-  static_cast<void>(n);
-  return p * as<Vector<float>>((as<S::U>(shifted) << S::mantissa) + (S::U{} + (S::bias << S::mantissa)));
-#endif
-}
-INLINE Vector<double> scaled(Vector<double> p, Vector<double> n, Vector<double> shifted) {
-#if defined(__AVX512F__)
-  static_cast<void>(shifted);
-  return _mm512_scalef_pd(p, n);
-#else
-  using S = Simd<double>;
-  static_cast<void>(n);
-  return p * as<Vector<double>>((as<S::U>(shifted) << S::mantissa) + (S::U{} + (S::bias << S::mantissa)));
+  using S = Simd<C>;
+  using U = typename S::U;
+  return p * as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa)));
 #endif
 }
 
@@ -188,7 +181,7 @@ INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
   Vector<C> q = all(S::q[0]);
   for (unsigned i = 1; i < sizeof S::q / sizeof(C); ++i) q = q * r + S::q[i];
   const Vector<C> p = (r * r) * q + r;
-  const Vector<C> e = scaled(p + 1, n, shifted);
+  const Vector<C> e = scaled<C>(p + 1, n, shifted);
   return s < all(S::exp_lowest) ? Vector<C>{} : kExact ? e * error + e : e;
 }
 

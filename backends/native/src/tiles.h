@@ -7,8 +7,6 @@
 namespace sa_softmax {
 namespace {
 
-constexpr int64_t kTile = 16;
-
 // The calling thread's tiles are in use while one of these lives.
 class Tiles {
  public:
@@ -41,12 +39,12 @@ class Tiles {
 #define ZERO_TILE(number) asm volatile("tilezero %%tmm" #number : : : "memory")
 #define MULTIPLY_TILES(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : : : "memory")
 
-// c[r][j] += sum over i < depth of a[r][i] . b[i][j] for 2 x kColumns tiles of c, where . adds the products of two pairs;
+// c[r][j] += sum over i < depth of a[r][i] . b[i][j] for 2 x kWide tiles of c, where . adds the products of two pairs;
 // then c *= factor. Not `add`: c was 0.
-template <int kColumns>
+template <int kWide>
 INLINE void multiply_tiles(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, float* c, int64_t c_pitch,
                            int64_t depth, bool add, float factor) {
-  constexpr bool kTwo = kColumns == 2;
+  constexpr bool kTwo = kWide == 2;
   float* const below = c + kTile * c_pitch;
   if (add) {
     LOAD_TILE(0, c, c_pitch);
@@ -74,8 +72,8 @@ INLINE void multiply_tiles(const float* a, int64_t a_pitch, const float* b, int6
   if (kTwo) STORE_TILE(2, c + kTile, c_pitch);
   if (kTwo) STORE_TILE(3, below + kTile, c_pitch);
   if (factor == 1) return;
-  for (int64_t r = 0; r < 2 * kTile; ++r)
-    for (int64_t j = 0; j < kColumns * kTile; j += kLanes<float>) {
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t j = 0; j < kWide * kTile; j += kLanes<float>) {
       float* const at = c + r * c_pitch + j;
       store(at, load(at) * factor);
     }
