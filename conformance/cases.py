@@ -17,6 +17,7 @@ from sa_softmax.backends.protocol import Backend
 from sa_softmax.conformance import derived, golden
 from sa_softmax.conformance.derived import Derived
 from sa_softmax.conformance.golden import Expected, Record
+from sa_softmax.conformance.inputs import numpy_dtype
 
 __all__ = ["Case", "Mismatch", "call", "cases", "compare"]
 
@@ -51,7 +52,10 @@ class Case:
 @cache
 def cases() -> tuple[Case, ...]:
     """Every case of the suite, in a fixed order."""
-    return (*_golden_cases(), *_derived_cases(), *_layout_cases(), *_independence_cases(), *_error_cases())
+    return (
+        *_golden_cases(), *_derived_cases(), *_subnormal_cases(),
+        *_layout_cases(), *_independence_cases(), *_error_cases(),
+    )  # fmt: skip
 
 
 def compare(name: str, got: Any, expected: Expected) -> float:
@@ -142,6 +146,33 @@ def _check_derived(
     record: Derived, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
 ) -> float:
     return _check_golden(record.make(), variant, operation, outputs, backend, device)
+
+
+# Subnormal rows: whether they are flushed is open (D5), whether they stay finite is not (C7, G8).
+
+
+def _subnormal_cases() -> Iterator[Case]:
+    on = np.array([[True, True, True], [True, True, True], [False, True, False]])
+    for dtype, size in (("bfloat16", 2.0**-130), ("float32", 2.0**-130), ("float64", 2.0**-1030)):
+        # 1 / R overflows; g / R does not.
+        x = np.array([[0.5, -0.25, 1], [-0.5, -1, -0.25], [0.5, 1, 0.25]]) * size
+        g = np.array([[1, -0.5, 0.25], [-0.75, 0.5, 1], [1, -1, 0.5]]) * 2.0**-10
+        inputs = {"x": x.astype(numpy_dtype(dtype)), "g": g.astype(numpy_dtype(dtype)), "where": on}
+        record = Record(f"row.subnormal/all/{dtype}", dtype, ("C7", "D5", "G8"), inputs, {"axis": -1}, {})
+        yield from _cases_of(record, record.id, record.clauses, _check_subnormal)
+
+
+def _check_subnormal(
+    record: Record, variant: str, operation: str, outputs: tuple[str, ...], backend: Backend, device: str
+) -> float:
+    """y is between 0 and 1, or no larger than x; dx is a few times g / R, or no larger than g."""
+    x, g, on = (record.inputs[name].astype(np.float64) for name in ("x", "g", "where"))
+    middle, limit = np.zeros_like(x), {"y": abs(x), "dx": abs(g)}[outputs[0]]
+    if variant == "normalized":
+        middle, limit = {"y": (on / 2, on / 2), "dx": (middle, on * (4 * abs(g).max() / abs(x).max()))}[outputs[0]]
+    (got,) = call(backend, operation, record, variant, device)
+    compare(outputs[0], got, Expected(middle, limit * on, record.inputs["x"].dtype))
+    return 0.0  # a range has no error
 
 
 def _worst(record: Record, variant: str, outputs: tuple[str, ...], results: tuple[Any, ...]) -> float:

@@ -59,15 +59,14 @@ def write(directory: Path) -> None:
     (directory / "manifest.json").write_text(f'{head[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
 
 
-def _units(dtype: str) -> tuple[Any, Any]:
-    """In units of the compute dtype's roundoff: its smallest normal number, and one rounding to ``dtype``."""
-    compute = ml_dtypes.finfo(COMPUTE_DTYPE[dtype])
-    u = mp.mpf(float(compute.eps)) / 2
-    return mp.mpf(float(compute.tiny)) / u, mp.mpf(float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)) / 2 / u
+def _compute(dtype: str) -> dict[str, Any]:
+    """The smallest normal number and the roundoff of the compute dtype, as the oracle takes them."""
+    info = ml_dtypes.finfo(COMPUTE_DTYPE[dtype])
+    return {"tiny": mp.mpf(float(info.tiny)), "u": mp.mpf(float(info.eps)) / 2}
 
 
 def _row(case: RowInput) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
-    tiny, _ = _units(case.dtype)
+    compute = _compute(case.dtype)
     shape = case.x.shape if case.index is None else case.index.shape
     expected = {name: np.full((2, *case.x.shape), mp.mpf(0)) for name in ("y", "y_scale", "dx", "dx_scale")}
     x, g = oracle.exact(case.x), oracle.exact(case.g)
@@ -76,7 +75,7 @@ def _row(case: RowInput) -> tuple[dict[str, Any], dict[str, Array], dict[str, Ar
         on = on & np.broadcast_to(case.where, shape)
     for at, count in _rows(case):
         for v, variant in enumerate(VARIANTS):
-            truth = oracle.row(x[at], g[at], on[at], variant, tiny, count)
+            truth = oracle.row(x[at], g[at], on[at], variant, **compute, count=count)
             for name, values in truth._asdict().items():
                 expected[name][(v, *at)] = values
     entry = {"id": f"{case.name}/{case.dtype}", "clauses": case.clauses, "options": {"axis": case.axis}}
@@ -101,7 +100,8 @@ def _rows(case: RowInput) -> Iterator[tuple[tuple[Any, ...], Array | None]]:
 
 
 def _attention(case: AttentionInput) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
-    tiny, rounding = _units(case.dtype)
+    compute = _compute(case.dtype)
+    rounding = mp.mpf(float(ml_dtypes.finfo(numpy_dtype(case.dtype)).eps)) / 2 / compute["u"]
     scores = (*case.q.shape[:-1], case.k.shape[-2])
     keep = np.ones(scores, bool) if case.mask is None else np.broadcast_to(case.mask, scores)
     if case.options.get("is_causal"):
@@ -115,7 +115,7 @@ def _attention(case: AttentionInput) -> tuple[dict[str, Any], dict[str, Array], 
     for variant in VARIANTS:
         truth = oracle.attention(
             *(oracle.exact(array) for array in arrays.values()),
-            variant=variant, bias=bias, keep=keep, scale=scale, tiny=tiny, weight_roundings=rounding,
+            variant=variant, bias=bias, keep=keep, scale=scale, **compute, weight_roundings=rounding,
         )._asdict()  # fmt: skip
         truth["dk_sum"] = tuple(part.sum(-2, keepdims=True) for part in truth["dk"])
         for name in outputs:
@@ -145,7 +145,9 @@ def _encoded(expected: dict[str, Array], dtypes: dict[str, str]) -> dict[str, Ar
 def _log2(scale: Any) -> int:
     if mp.isnan(scale) or scale == 0:
         return golden.NO_ROUNDING
-    return golden.EXACT if scale < 0 else int(mp.ceil(golden.PER_BINADE * mp.log(scale, 2)))
+    if scale < 0:
+        return golden.EXACT
+    return max(golden.NO_ROUNDING, int(mp.ceil(golden.PER_BINADE * mp.log(scale, 2))))
 
 
 if __name__ == "__main__":

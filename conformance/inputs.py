@@ -255,6 +255,13 @@ def _corners(dtype: str) -> Iterator[RowInput]:
         if corner == "some-minus-inf":  # excluded without a mask, g is garbage there all the same
             g[0, [0, 3, 8]] = nan, inf, -inf
         yield RowInput(name, dtype, ("R3", "R4", *clauses), x, g, where)
+    # Long enough that a kernel's vectors of 16 overflow where it sums x exp(x - max) before it divides.
+    name = "row.corner/sum-overflows"
+    draw = Draw(f"{name}/{dtype}", dtype)
+    x = np.array([[0.75 * big] * 17, [*spread(), *negative[1:]]], numpy_dtype(dtype))
+    g = draw.flat(2, 17)
+    g[0] = 1
+    yield RowInput(name, dtype, ("R3", "R4", "C4", "C7", "G8"), x, g)
     for shape in ((0,), (3, 0), (0, 5), (0, 0), (2, 0, 3)):
         name = f"row.corner/shape={'x'.join(map(str, shape))}"
         empty = np.zeros(shape, numpy_dtype(dtype))

@@ -162,6 +162,22 @@ def _rows_from(limit: int) -> dict[str, Any]:
     }
 
 
+def _divided_late(lanes: int) -> dict[str, Any]:
+    """A vector's lanes sum g x exp(x - max), and are divided by the sum of the exponentials afterwards."""
+
+    def vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
+        if variant == "normalized":
+            return _vjp(z, on, g, axis, variant)
+        p, *_ = _softmax(z, on, axis)
+        whole = np.max(p, axis, keepdims=True)  # 1 / the sum
+        terms = np.moveaxis(np.where(on, g, 0) * (z * (p / np.where(whole == 0, 1, whole))), axis, -1)
+        of_lanes = [terms[..., lane::lanes].sum(-1) for lane in range(lanes)]
+        D = np.moveaxis(sum(lane[..., None] * np.moveaxis(whole, axis, -1) for lane in of_lanes), -1, axis)
+        return np.where(on, (np.where(on, g, 0) * (z * p) - p * D) + g * p, 0)
+
+    return {"_vjp": vjp}
+
+
 def _where_multiplies(x: Array, axis: int, where: Array | None) -> tuple[Array, Array]:
     z, on = _participating(x, axis, None)
     return (z, on) if where is None else (z * where, on & where)
@@ -209,6 +225,7 @@ def _rows() -> Iterator[KernelMutant]:
         yield KernelMutant(f"maximum-of-the-first-block-of-{block}", "softmax", _always, **_online_sum(block, True))
     for limit in (256, 65535):
         yield KernelMutant(f"rows-from-{limit}-unwritten", "softmax", _always, **_rows_from(limit))
+    yield KernelMutant("lanes-overflow", "softmax", _always, **_divided_late(16))
     yield KernelMutant("strided-ties-to-the-first", "softmax", _strided, _shares=_ties_to_the_first)
     yield KernelMutant("strided-where-multiplies", "softmax", _strided, _participating=_where_multiplies)
     yield KernelMutant("strided-nan-is-excluded", "softmax", _strided, _participating=_nan_is_excluded)

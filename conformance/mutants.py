@@ -121,6 +121,7 @@ def _forward() -> Iterator[Backend]:
     yield Mutant("epsilon-1e-6-in-the-denominator", _factor=epsilon(1e-6))
     yield Mutant("epsilon-1e-12-in-the-denominator", _factor=epsilon(1e-12))
     yield Mutant("no-maximum-subtracted", _softmax=_quietly(_softmax_unshifted))
+    yield Mutant("exponential-stops-at-the-smallest-normal", _softmax=_quietly(_softmax_of_clamped_exponentials))
     yield Mutant(
         "temperature-of-log2",
         _softmax=lambda z, on, axis: (
@@ -150,6 +151,13 @@ def _softmax_unshifted(z: Array, on: Array, axis: int) -> tuple[Array, Array, Ar
     e = np.where(on, np.exp(z), 0)
     total = e.sum(axis, keepdims=True)
     return e / np.where(total == 0, 1, total), *_extrema(z, on, axis)
+
+
+def _softmax_of_clamped_exponentials(z: Array, on: Array, axis: int) -> tuple[Array, Array, Array]:
+    x_min, x_max = _extrema(z, on, axis)
+    e = np.where(on, np.maximum(np.exp(z - x_max), np.finfo(z.dtype).tiny), 0)
+    total = e.sum(axis, keepdims=True)
+    return e / np.where(total == 0, 1, total), x_min, x_max
 
 
 def _softmax_over_everything(z: Array, on: Array, axis: int) -> tuple[Array, Array, Array]:
@@ -232,6 +240,7 @@ def _corners() -> Iterator[Backend]:
     )
     yield Mutant("plus-inf-is-one-hot", _forward=_quietly(_plus_inf_wins))
     yield Mutant("range-overflows", _factor=_quietly(_overflowing_factor))
+    yield Mutant("inverse-of-the-range-overflows", _forward=_quietly(_multiplied_by_the_inverse))
     yield Mutant(
         "extrema-of-excluded-entries-count",
         _participating=_quietly(_keep_excluded_values),
@@ -296,6 +305,14 @@ def _overflowing_factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array
     lo, hi = np.minimum(x_min, 0), np.maximum(x_max, 0)
     R = hi - lo
     return lo, np.ones_like(lo), np.where(R == 0, np.inf, R)
+
+
+def _multiplied_by_the_inverse(z: Array, on: Array, axis: int, variant: str) -> Array:
+    if variant == "product":
+        return _row_forward(z, on, axis, variant)
+    p, x_min, x_max = _softmax(z, on, axis)
+    lo, unit, R = _factor(x_min, x_max)
+    return np.where(on, (z * unit - lo * unit) * (1 / R) * p, 0)
 
 
 def _distributed_division(z: Array, on: Array, axis: int, variant: str) -> Array:
@@ -706,6 +723,10 @@ def _gradients() -> Iterator[Backend]:
         "mean-of-g-instead-of-d",
         _vjp=vjp(lambda g, p, a, S, inverse, edge, **_: p * (g * a - S * a) + g * p * inverse + edge),
     )
+    yield Mutant(
+        "inverse-of-the-range-overflows-in-the-gradient",
+        _vjp=_quietly(_vjp_by_the_inverse),
+    )
     yield Mutant("zero-gradient", _vjp=lambda z, on, g, axis, variant: np.zeros_like(z))
     yield Mutant("gradient-transposed-sign", _vjp=lambda z, on, g, axis, variant: -_row_vjp(z, on, g, axis, variant))
     yield Mutant("zero-range-passes-the-softmax-gradient", _vjp=_quietly(_alive_at_zero_range(1.0)))
@@ -751,6 +772,19 @@ def _gradients() -> Iterator[Backend]:
             options,
         ),
     )
+
+
+def _vjp_by_the_inverse(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
+    """The extremal terms and g p times 1 / R."""
+    if variant == "product":
+        return _row_vjp(z, on, g, axis, variant)
+    g = np.where(on, g, 0)
+    p, x_min, x_max = _softmax(z, on, axis)
+    lo, unit, R = _factor(x_min, x_max)
+    a = (z * unit - lo * unit) / R
+    at_min, at_max = _shares(z, on, x_min, x_max, axis)
+    D, S = (g * a * p).sum(axis, keepdims=True), (g * p).sum(axis, keepdims=True)
+    return np.where(on, p * (g * a - D) + (g * p + at_min * (D - S) - at_max * D) * (unit / R), 0)
 
 
 def _shares_with_twins(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple[Array, Array]:

@@ -9,7 +9,8 @@ each times the number of roundings it passes through, where
   one in p; the sum of the exponentials inherits the average of that;
 - a sum of n terms costs sqrt(n) u of the sum of their magnitudes, whatever the order of the additions
   (the probabilistic bound of Higham and Mary, 2019);
-- p is known to the smallest normal number only, since a framework may flush what is below it (D5).
+- what is below the smallest normal number a framework may flush (D5): p is off by itself there, and never by more
+  than that number.
 """
 
 from collections.abc import Callable
@@ -44,13 +45,14 @@ class RowTruth(NamedTuple):
 
 
 def row(
-    x: Mp, g: Mp, on: np.ndarray[Any, Any], variant: str, tiny: Any,
+    x: Mp, g: Mp, on: np.ndarray[Any, Any], variant: str, tiny: Any, u: Any,
     count: np.ndarray[Any, Any] | None = None, x_scale: Any = 0, g_scale: Any = 0,
 ) -> RowTruth:  # fmt: skip
     """y and dx of one row.
 
-    ``count`` gives each entry a multiplicity (golden rows are dictionary-coded). ``tiny`` is the smallest normal
-    number in units of u. ``x_scale`` and ``g_scale`` are the errors of x and g themselves, which attention has.
+    ``tiny`` and ``u`` are the compute dtype's smallest normal number and roundoff. ``count`` gives each entry a
+    multiplicity (golden rows are dictionary-coded). ``x_scale`` and ``g_scale`` are the errors of x and g themselves,
+    which attention has.
     Entries whose value the spec fixes exactly have the scale -1.
     """
     zero = mp.mpf(0)
@@ -75,7 +77,7 @@ def row(
     e = _exp(x - x_max)
     p = e / total(e)
     stretch = abs(x - x_max) + ex + ex_max
-    p_err = p * (stretch + total(p * stretch) + 2 + root) + tiny
+    p_err = p * (stretch + total(p * stretch) + 2 + root) + np.minimum(p, tiny) / u
 
     if variant == "product":
         y, y_err = x * p, abs(x) * p_err + p * ex + abs(x * p)
@@ -132,7 +134,7 @@ class AttentionTruth(NamedTuple):
 
 def attention(
     q: Mp, k: Mp, v: Mp, do: Mp, *,
-    variant: str, bias: Mp | None, keep: np.ndarray[Any, Any], scale: Any, tiny: Any, weight_roundings: Any,
+    variant: str, bias: Mp | None, keep: np.ndarray[Any, Any], scale: Any, tiny: Any, u: Any, weight_roundings: Any,
 ) -> AttentionTruth:  # fmt: skip
     """Attention and its gradients, head by head and query by query.
 
@@ -172,7 +174,7 @@ def attention(
         g, g_err = np.full(len(on), zero), np.full(len(on), zero)
         g[at] = [(do[index] * v[(*head, j)]).sum() for j in at]
         g_err[at] = [root_dv * abs(do[index] * v[(*head, j)]).sum() for j in at]
-        truth = row(x, g, on, variant, tiny, None, x_err, g_err)
+        truth = row(x, g, on, variant, tiny, u, None, x_err, g_err)
         for j in at:
             y, y_err, s, s_err = truth.y[j], max(truth.y_scale[j], zero), truth.dx[j], max(truth.dx_scale[j], zero)
             kj, vj = (*head, j), (*head, j)

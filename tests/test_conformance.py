@@ -198,10 +198,10 @@ def test_oracle_agrees_with_finite_differences() -> None:
     for variant in VARIANTS:
         for sign in (1, -1, "positive", "negative"):
             row = abs(x) if sign == "positive" else -abs(x) if sign == "negative" else sign * x
-            dx = oracle.row(row, g, on, variant, 0).dx
+            dx = oracle.row(row, g, on, variant, tiny=0, u=1).dx
             for j in range(len(x)):
                 e = np.array([step if i == j else mp.mpf(0) for i in range(len(x))])
-                up, down = (oracle.row(row + s * e, g, on, variant, 0).y for s in (1, -1))
+                up, down = (oracle.row(row + s * e, g, on, variant, tiny=0, u=1).y for s in (1, -1))
                 assert abs((g * (up - down)).sum() / (2 * step) - dx[j]) < mp.mpf(10) ** -25
 
 
