@@ -77,7 +77,17 @@ def sa_attention(
     )
 
 
+_OWNERS: dict[type, ModuleType] = {}
+
+
 def _backend_of(x: Any, name: str) -> ModuleType:
+    owner = _OWNERS.get(type(x))
+    if owner is None:
+        owner = _OWNERS[type(x)] = _found(x, name)
+    return owner
+
+
+def _found(x: Any, name: str) -> ModuleType:
     for entry in REGISTRY:
         if entry.owns(x):
             return getattr(backends, entry.name)

@@ -202,6 +202,85 @@ def test_attention_takes_a_bias_in_the_compute_dtype_and_any_offset() -> None:
         np.testing.assert_allclose(o.astype(float), clipped.astype(float), rtol=2e-3, atol=1e-3)
 
 
+# Short calls, which leave out what is not needed for contiguous rows.
+
+
+def test_contiguous_rows_take_the_short_way_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from sa_softmax.backends.torch import sa_softmax as torch_softmax
+
+    if c_api.short_calls is None:
+        pytest.skip("built without Python's headers")
+    answers: list[list[Array]] = []
+    for calls in (c_api.short_calls, None):
+        monkeypatch.setattr(c_api, "short_calls", calls)
+        with monkeypatch.context() as patched:
+            if calls is not None:  # whatever the general way is made of is not reached
+                patched.delattr(c_api, "_row")
+            answers.append([])
+            for shape in ((1,), (7,), (1, 128), (3, 50), (2, 3, 200), (300, 100)):
+                for variant in ("normalized", "product"):
+                    for dtype in ("float16", "float32", "float64"):
+                        x = randn(*shape, dtype=dtype)
+                        answers[-1] += [door.sa_softmax(x, variant=variant)]
+                        answers[-1] += [torch_softmax(torch.from_numpy(x), variant=variant).numpy()]
+                    half = torch.from_numpy(randn(*shape)).bfloat16()
+                    answers[-1] += [torch_softmax(half, variant=variant).view(torch.int16).numpy()]
+    assert len(answers[0]) == 84
+    for short, general in zip(*answers, strict=True):
+        assert short.dtype == general.dtype
+        np.testing.assert_array_equal(short, general)
+
+
+def test_what_is_not_contiguous_takes_the_general_way() -> None:
+    x = randn(40, 60)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    others = {
+        "strided": x[:, ::2],
+        "transposed": x.T,
+        "reversed": x[:, ::-1],
+        "repeated": np.broadcast_to(x[0], (3, 60)),
+        "unaligned": np.frombuffer(b"." + x.tobytes(), "float32", offset=1).reshape(x.shape),
+        "read only": frozen,
+        "swapped": x.astype(">f4"),
+        "empty": x[:0],
+        "empty rows": x[:, :0],
+        "bfloat16": x.astype(numpy_dtype("bfloat16")),
+    }
+    for name, array in others.items():
+        if name == "swapped":
+            with pytest.raises(TypeError):
+                door.sa_softmax(array)
+            continue
+        y = door.sa_softmax(array)
+        assert (y.dtype, y.shape) == (array.dtype, array.shape), name
+        np.testing.assert_array_equal(y, door.sa_softmax(array.copy(), axis=array.ndim - 1), err_msg=name)
+
+
+def test_wrong_short_calls_are_refused() -> None:
+    if c_api.short_calls is None:
+        pytest.skip("built without Python's headers")
+    x, y = randn(3, 4), randn(3, 4)
+    rows_of_buffers, rows_at = c_api.short_calls.rows_of_buffers, c_api.short_calls.rows_at
+    for arguments, error in (
+        ((2, 0, 1, x), "5 arguments; got 4"),
+        ((2, 0, 1, x, y[:2]), "y must have the size of x"),
+        ((2, 0, 0, x, y), "threads must be at least 1; got 0"),
+        ((2, 7, 1, x, y), "variant must be"),
+        ((9, 0, 1, x, y), "dtype must be"),
+        (("2", 0, 1, x, y), "integer"),
+        ((2, 0, 1, x, [1]), "bytes-like"),
+        ((2, 0, 1, x, y.tobytes()), "not writable"),
+    ):
+        with pytest.raises((TypeError, ValueError, BufferError), match=error):
+            rows_of_buffers(*arguments)
+    with pytest.raises(ValueError, match="must have data"):
+        rows_at(2, 0, 1, 12, 4, 0, y.ctypes.data)
+    with pytest.raises(TypeError, match="7 arguments; got 0"):
+        rows_at()
+
+
 # Errors of the C interface.
 
 

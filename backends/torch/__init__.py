@@ -80,6 +80,8 @@ def sa_softmax(x: Tensor, *, axis: int = -1, variant: str = "normalized", where:
 
     Source: paper, SA-Softmax and its normalized variant; docs/spec.md, clauses R, C, D and G.
     """
+    if where is None and (short := _row.short(x, axis, variant)) is not None:
+        return short
     axis = check_softmax(_TORCH, x, axis=axis, variant=variant, where=where)
     return _way(_row, x, where).sa_softmax(x, where, axis, variant)
 

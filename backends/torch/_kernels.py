@@ -97,23 +97,29 @@ def _plain_keys() -> frozenset[int]:
 
 
 _PLAIN = _plain_keys()
+# By names of their own: to look one up takes as long as to call it.
+_dispatch_keys = torch._C._dispatch_keys
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transformation = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
     """The function behind ``operator``, for eager calls on plain CPU tensors that nothing follows: no derivative, no
     transformation, no tracer. Through Function and dispatcher a short row takes several times as long."""
-    if torch.compiler.is_compiling() or not supports(operator, x):
+    if torch.compiler.is_compiling() or operator not in _FUNCTIONS or x.dtype not in DTYPES:
         return None
     for each in (x, *others):
         if each is not None and not (
-            torch._C._dispatch_keys(each).raw_repr() in _PLAIN and not (each.requires_grad and torch.is_grad_enabled())
+            _dispatch_keys(each).raw_repr() in _PLAIN and not (each.requires_grad and torch.is_grad_enabled())
         ):
             return None
     if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transformation() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
     ):
         return None

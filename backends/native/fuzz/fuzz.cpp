@@ -221,7 +221,7 @@ Row row(const std::vector<Real>& x, const std::vector<Real>& g, const std::vecto
   for (size_t i = 0; i < n; ++i) p[i] /= l, spread += p[i] > 0 ? p[i] * stretch[i] : 0;
   const Real root = std::sqrt(members);
   for (size_t i = 0; i < n; ++i)
-    p_error[i] = (p[i] > 0 ? p[i] * (stretch[i] + spread + 2 + root) : 0) + tiny;
+    p_error[i] = (p[i] > 0 ? p[i] * (stretch[i] + spread + 2 + root) : 0) + std::fmin(tiny, p[i] / unit);
   const Real lo = variant == Variant::normalized ? std::fmin(low, zero) : 0;
   const Real R = variant == Variant::normalized ? std::fmax(high, zero) - lo : 1;
   if (R == 0) {
@@ -445,6 +445,29 @@ void fuzz_row() {
   check_written(y, [](const Shape&) {});
 }
 
+// The row operation of contiguous memory: the bits of the general one.
+void fuzz_contiguous() {
+  const DType dtype = DType(below(4));
+  const Variant variant = Variant(below(2));
+  const Shape shape = random_shape(2, chance(5) ? 3000 : 100);
+  Tensor x = numbers(shape, dtype, Values::any), y(shape, format(dtype).bytes, true);
+  call_text = "contiguous shape " + text(shape) + " dtype " + std::to_string(int(dtype)) + " variant " +
+              std::to_string(int(variant));
+  softmax({dtype, 1, variant}, x.array, nullptr, y.array, kAlone);
+  std::vector<unsigned char> in, general;
+  each(shape, [&](const Shape& index) {
+    const auto* const from = static_cast<unsigned char*>(x.at(index));
+    const auto* const to = static_cast<unsigned char*>(y.at(index));
+    in.insert(in.end(), from, from + x.size);
+    general.insert(general.end(), to, to + y.size);
+  });
+  std::vector<unsigned char> out(in.size());
+  in.shrink_to_fit();
+  softmax_contiguous(dtype, variant, shape[0], shape[1], in.data(), out.data(), callers > 1 ? kPool : kAlone);
+  if (out != general) fail("contiguous rows have other bits");
+  compared += out.size() / y.size;
+}
+
 // What is expected of one output, element by element in the order of each().
 struct Expected {
   Shape shape;
@@ -628,7 +651,7 @@ int main(int argc, char** argv) {
     for (iteration = first; iteration < count; iteration += callers) {
       random_bits.seed(seed * 0x9e3779b97f4a7c15 + iteration);
       if (callers > 1) check_tasks();
-      chance(70) ? fuzz_row() : fuzz_attention();
+      chance(70) ? fuzz_row() : chance(90) ? fuzz_attention() : fuzz_contiguous();
     }
   };
   std::vector<std::thread> others;

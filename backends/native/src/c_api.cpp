@@ -72,6 +72,10 @@ int sa_softmax_row(int dtype, int variant, int64_t axis, const sa_softmax_array*
   });
 }
 
+int sa_softmax_contiguous_rows(int dtype, int variant, int64_t rows, int64_t n, const void* x, void* y, int threads) {
+  return guarded([&] { softmax_contiguous(DType(dtype), Variant(variant), rows, n, x, y, parallel(threads)); });
+}
+
 int sa_softmax_row_vjp(int dtype, int variant, int64_t axis, const sa_softmax_array* x, const sa_softmax_array* g,
                        const sa_softmax_array* where, const sa_softmax_array* dx, int threads) {
   return guarded([&] {

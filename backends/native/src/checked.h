@@ -127,6 +127,12 @@ void divide(const Parallel& parallel, int64_t units, double work, int64_t elemen
   const double wanted = std::ceil(std::fmin(work / kWork, double(kTasks)));
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(units, int64_t(wanted)));
   const size_t bytes = size_t(elements) * compute_size(dtype);
+  constexpr size_t kSmall = 4096;  // to allocate as much takes as long as a row of some hundred entries
+  if (tasks == 1 && bytes <= kSmall) {
+    alignas(64) unsigned char scratch[kSmall];
+    run(0, units, scratch);
+    return;
+  }
   Scratches scratches(bytes);
   std::atomic<bool> failed{false};
   const auto task = [&](int64_t index) {

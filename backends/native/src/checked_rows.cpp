@@ -10,6 +10,25 @@ size_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype ==
 // that cache is no help: on virtual machines it is often the host's.)
 constexpr double kLargest = 1 << 23;
 
+// Runs a job whose arrays and strides are set, in groups of `outer` entries.
+void run_job(RowJob& job, const RowOptions& options, int64_t outer, const Parallel& parallel) {
+  const double entries = double(outer) * double(job.columns) * double(job.n);
+  // A tile stays in the cache. A strided tile is as wide as a cache line, if that does not take too much of it.
+  constexpr int64_t kCached = 1 << 15, kLine = 16;
+  const int64_t fitting = std::max<int64_t>(1, std::min(kPad, kCached / padded(job.n)));
+  const bool strided = job.along.x != 1 && job.n <= kCached;
+  job.width = std::min(job.columns, strided ? std::max(fitting, kLine) : fitting);
+  job.normalized = options.variant == Variant::normalized;
+  job.direct = job.n >= kShortest && job.along.x == 1 && job.along.y == 1 && (job.g == nullptr || job.along.g == 1) &&
+               (job.where == nullptr || job.along.where == 1);
+  job.streams = job.direct && entries * double(element_size(options.dtype)) >= kLargest;
+
+  const RowKernels& table = kernels().rows;
+  const auto run = (job.g != nullptr ? table.vjp : table.forward)[int(options.dtype)];
+  divide(parallel, outer * job.tiles_across(), entries, job.scratch(), options.dtype,
+         [&](int64_t begin, int64_t end, void* scratch) { run(job, begin, end, scratch); });
+}
+
 void run_rows(const RowOptions& options, const Array& x, const Array* g, const Array* where, const Array& y,
               const char* y_name, const Parallel& parallel) {
   check_variant(options.variant);
@@ -61,23 +80,10 @@ void run_rows(const RowOptions& options, const Array& x, const Array* g, const A
   job.along = strides(axis);
   job.columns = across < 0 ? 1 : x.shape[size_t(across)];
   job.across = across < 0 ? RowStrides{} : strides(across);
-  // A tile stays in the cache. A strided tile is as wide as a cache line, if that does not take too much of it.
-  constexpr int64_t kCached = 1 << 15, kLine = 16;
-  const int64_t fitting = std::max<int64_t>(1, std::min(kPad, kCached / padded(job.n)));
-  const bool strided = job.along.x != 1 && job.n <= kCached;
-  job.width = std::min(job.columns, strided ? std::max(fitting, kLine) : fitting);
   job.outer_rank = int64_t(outer.size());
   job.outer_shape = outer_shape.data();
   job.outer = outer.data();
-  job.normalized = options.variant == Variant::normalized;
-  job.direct = job.n >= kShortest && job.along.x == 1 && job.along.y == 1 && (g == nullptr || job.along.g == 1) &&
-               (where == nullptr || job.along.where == 1);
-  job.streams = job.direct && double(count(x.shape)) * double(element_size(options.dtype)) >= kLargest;
-
-  const RowKernels& table = kernels().rows;
-  const auto run = (g != nullptr ? table.vjp : table.forward)[int(options.dtype)];
-  divide(parallel, count(outer_shape) * job.tiles_across(), double(count(x.shape)), job.scratch(), options.dtype,
-         [&](int64_t begin, int64_t end, void* scratch) { run(job, begin, end, scratch); });
+  run_job(job, options, count(outer_shape), parallel);
 }
 
 }  // namespace
@@ -93,6 +99,25 @@ Array::Array(void* data, Shape shape) : data(data), shape(std::move(shape)), str
 
 void softmax(const RowOptions& options, const Array& x, const Array* where, const Array& y, const Parallel& parallel) {
   run_rows(options, x, nullptr, where, y, "y", parallel);
+}
+
+void softmax_contiguous(DType dtype, Variant variant, int64_t rows, int64_t n, const void* x, void* y,
+                        const Parallel& parallel) {
+  check_variant(variant);
+  check_dtype(dtype);
+  int64_t bytes = 8;  // of the widest element
+  if (rows < 0 || n < 0 || (rows > 0 && n > 0 && (__builtin_mul_overflow(bytes, rows, &bytes) || __builtin_mul_overflow(bytes, n, &bytes))))
+    throw Error("x must have rows and lengths of at least 0 and fewer than 2^60 elements; got " + text({rows, n}));
+  if (rows == 0 || n == 0) return;
+  if (x == nullptr || y == nullptr) throw Error("x and y must have data; got a null pointer for the shape " + text({rows, n}));
+  RowJob job{};
+  job.x = x;
+  job.y = y;
+  job.n = n;
+  job.columns = rows;
+  job.along = {1, 0, 0, 1};
+  job.across = {n, 0, 0, n};
+  run_job(job, {dtype, 1, variant}, 1, parallel);
 }
 
 void softmax_vjp(const RowOptions& options, const Array& x, const Array& g, const Array* where, const Array& dx,

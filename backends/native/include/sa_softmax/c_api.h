@@ -33,6 +33,10 @@ typedef struct {
 SA_SOFTMAX_EXPORT int sa_softmax_row(int dtype, int variant, int64_t axis, const sa_softmax_array* x,
                                      const sa_softmax_array* where, const sa_softmax_array* y, int threads);
 
+/* The same for `rows` contiguous rows of length n. */
+SA_SOFTMAX_EXPORT int sa_softmax_contiguous_rows(int dtype, int variant, int64_t rows, int64_t n, const void* x, void* y,
+                                                 int threads);
+
 SA_SOFTMAX_EXPORT int sa_softmax_row_vjp(int dtype, int variant, int64_t axis, const sa_softmax_array* x,
                                          const sa_softmax_array* g, const sa_softmax_array* where,
                                          const sa_softmax_array* dx, int threads);

@@ -45,6 +45,10 @@ struct RowOptions {
 // y must not overlap x.
 void softmax(const RowOptions& options, const Array& x, const Array* where, const Array& y, const Parallel& parallel);
 
+// The same for contiguous rows of length n, where a call must cost little: one short row takes less than to describe it.
+void softmax_contiguous(DType dtype, Variant variant, int64_t rows, int64_t n, const void* x, void* y,
+                        const Parallel& parallel);
+
 // dx = the gradient of sum(g * softmax(x)) by clauses G; all of x's shape.
 void softmax_vjp(const RowOptions& options, const Array& x, const Array& g, const Array* where, const Array& dx,
                  const Parallel& parallel);

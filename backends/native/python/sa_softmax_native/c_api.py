@@ -5,6 +5,7 @@ interpreter lock is released while a kernel runs.
 """
 
 import ctypes
+import importlib
 from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
@@ -12,10 +13,23 @@ from typing import Any
 
 from sa_softmax_native import library_path
 
-__all__ = ["array", "attention", "attention_vjp", "instruction_set", "row", "row_vjp"]
+__all__ = ["array", "attention", "attention_vjp", "instruction_set", "row", "row_vjp", "short_calls"]
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 VARIANTS = {"normalized": 0, "product": 1}
+
+
+def _short_calls() -> Any:
+    try:
+        return importlib.import_module("sa_softmax_native._rows")
+    except ModuleNotFoundError:  # built without Python's headers
+        return None
+
+
+short_calls = _short_calls()
+"""``rows_of_buffers`` and ``rows_at`` for contiguous rows, whose docstrings say what they take: ctypes takes longer to
+make a call than a kernel to compute a short row. dtype and variant are the numbers above. None in a package that was
+built without Python's headers."""
 
 
 class _Array(ctypes.Structure):
