@@ -6,7 +6,7 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -78,12 +78,22 @@ class BlockwiseAdapter(Adapter):
     attention = staticmethod(_by_blocks)
 
 
+def _by_kernels(q: Any, *others: Any, **options: Any) -> Any:
+    if jax.default_backend() == "cpu" and q.shape[0] > _INTERPRETED:
+        raise NotImplementedError(f"interpreted, a batch of {q.shape[0]} takes hours; the most is {_INTERPRETED}")
+    return sa_attention(q, *others, implementation="pallas", **options)
+
+
+# At each step the interpreter copies what there is, so that it takes as long as the square of the batch.
+_INTERPRETED = 2048
+
+
 class PallasAdapter(Adapter):
-    """Attention in the Pallas kernels; on a CPU Pallas interprets them."""
+    """Attention in the Pallas kernels; on a CPU Pallas interprets them, batches of up to 2048."""
 
     name = "jax, pallas"
     implementation = "pallas, interpreted on a CPU"
-    attention = staticmethod(partial(sa_attention, implementation="pallas"))
+    attention = staticmethod(_by_kernels)
 
 
 def _softmax(x: Any, where: Any, **options: Any) -> Any:
