@@ -22,7 +22,7 @@ When = Callable[[tuple[Array, ...], dict[str, Any]], bool]
 
 # What the originals do, for the replacements to build on.
 _original: dict[str, Any] = dict(vars(reference))
-_extrema, _factor, _softmax = _original["_extrema"], _original["_factor"], _original["_softmax"]
+_extrema, _range, _softmax = _original["_extrema"], _original["_range"], _original["_softmax"]
 _forward, _vjp, _shares = _original["_forward"], _original["_vjp"], _original["_shares"]
 _participating, _scores = _original["_participating"], _original["_scores"]
 _weigh, _sum_to, _sum_groups, _t = (_original[name] for name in ("_weigh", "_sum_to", "_sum_groups", "_t"))
@@ -52,11 +52,11 @@ def kernel_mutants() -> dict[str, Backend]:
 
 _unshifted: dict[str, Any] = {"_softmax": _softmax_unshifted}
 _nan_zero_range: dict[str, Any] = {
-    "_factor": lambda a, b: (np.minimum(a, 0), np.ones_like(a), np.maximum(b, 0) - np.minimum(a, 0))
+    "_range": lambda a, b: (np.minimum(a, 0), np.ones_like(a), np.maximum(b, 0) - np.minimum(a, 0))
 }
-_overflowing_range: dict[str, Any] = {"_factor": _overflowing_factor}
+_overflowing_range: dict[str, Any] = {"_range": _overflowing_factor}
 _unclamped_range: dict[str, Any] = {
-    "_factor": lambda a, b: _factor(a, b) if (a <= 0).all() and (b >= 0).all() else (a, np.ones_like(a), b - a)
+    "_range": lambda a, b: _range(a, b) if (a <= 0).all() and (b >= 0).all() else (a, np.ones_like(a), b - a)
 }
 
 
@@ -480,7 +480,7 @@ class _RoundedOutput(ReferenceAdapter):
         def vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
             """dx is linear in D, with the factor -p, and +-1/R for the entries at an extremum."""
             p, x_min, x_max = _softmax(z, on, axis)
-            _, unit, R = _factor(x_min, x_max)
+            _, unit, R = _range(x_min, x_max)
             at_min, at_max = _shares(z, on, x_min, x_max, axis)
             edge = 0 if variant == "product" else (at_min - at_max) / R * unit
             off = np.sum(do.astype(np.float32) * o, -1, keepdims=True)

@@ -65,14 +65,14 @@ def mutants() -> dict[str, Backend]:
 
 # What the originals do, for the replacements to build on.
 _original = {name: part for name, part in vars(reference).items() if callable(part)}
-_extrema, _factor, _softmax = _original["_extrema"], _original["_factor"], _original["_softmax"]
+_extrema, _range, _softmax = _original["_extrema"], _original["_range"], _original["_softmax"]
 _participating, _shares, _scores = _original["_participating"], _original["_shares"], _original["_scores"]
 _row_forward, _row_vjp, _rounded = _original["_forward"], _original["_vjp"], _original["_rounded"]
 _weigh, _sum_groups, _sum_to = _original["_weigh"], _original["_sum_groups"], _original["_sum_to"]
 
 
-def _range(lo: Array, hi: Array) -> tuple[Array, Array, Array]:
-    """The result of reference._factor for other choices of lo and hi."""
+def _range_between(lo: Array, hi: Array) -> tuple[Array, Array, Array]:
+    """The result of reference._range for other choices of lo and hi."""
     unit = np.where(np.maximum(abs(hi), abs(lo)) > 1, 0.5, 1).astype(lo.dtype)
     R = hi * unit - lo * unit
     return lo, unit, np.where(R == 0, np.inf, R)
@@ -101,25 +101,25 @@ def _forward() -> Iterator[Backend]:
     yield Mutant("always-normalized", _forward=lambda z, on, axis, variant: _row_forward(z, on, axis, "normalized"))
     yield Mutant("always-product", _forward=lambda z, on, axis, variant: _row_forward(z, on, axis, "product"))
     yield Mutant("product-of-magnitude", _forward=lambda z, on, axis, variant: abs(_row_forward(z, on, axis, variant)))
-    yield Mutant("lo-not-clamped", _factor=lambda a, b: _range(a, np.maximum(b, 0)))
-    yield Mutant("hi-not-clamped", _factor=lambda a, b: _range(np.minimum(a, 0), b))
-    yield Mutant("neither-clamped", _factor=lambda a, b: _range(a, b))
-    yield Mutant("clamps-swapped", _factor=lambda a, b: _range(np.maximum(a, 0), np.minimum(b, 0)))
-    yield Mutant("lo-always-zero", _factor=lambda a, b: _range(0 * a, np.maximum(b, 0)))
+    yield Mutant("lo-not-clamped", _range=lambda a, b: _range_between(a, np.maximum(b, 0)))
+    yield Mutant("hi-not-clamped", _range=lambda a, b: _range_between(np.minimum(a, 0), b))
+    yield Mutant("neither-clamped", _range=lambda a, b: _range_between(a, b))
+    yield Mutant("clamps-swapped", _range=lambda a, b: _range_between(np.maximum(a, 0), np.minimum(b, 0)))
+    yield Mutant("lo-always-zero", _range=lambda a, b: _range_between(0 * a, np.maximum(b, 0)))
     yield Mutant(
-        "range-symmetric", _factor=lambda a, b: _range(-np.maximum(abs(a), abs(b)), np.maximum(abs(a), abs(b)))
+        "range-symmetric", _range=lambda a, b: _range_between(-np.maximum(abs(a), abs(b)), np.maximum(abs(a), abs(b)))
     )
 
     def epsilon(size: float) -> Callable[..., Any]:
         def factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
-            lo, unit, R = _factor(x_min, x_max)
+            lo, unit, R = _range(x_min, x_max)
             return lo, unit, np.where(np.isinf(R), R, R + np.asarray(size, R.dtype))
 
         return factor
 
-    yield Mutant("epsilon-1e-3-in-the-denominator", _factor=epsilon(1e-3))
-    yield Mutant("epsilon-1e-6-in-the-denominator", _factor=epsilon(1e-6))
-    yield Mutant("epsilon-1e-12-in-the-denominator", _factor=epsilon(1e-12))
+    yield Mutant("epsilon-1e-3-in-the-denominator", _range=epsilon(1e-3))
+    yield Mutant("epsilon-1e-6-in-the-denominator", _range=epsilon(1e-6))
+    yield Mutant("epsilon-1e-12-in-the-denominator", _range=epsilon(1e-12))
     yield Mutant("no-maximum-subtracted", _softmax=_quietly(_softmax_unshifted))
     yield Mutant("exponential-stops-at-the-smallest-normal", _softmax=_quietly(_softmax_of_clamped_exponentials))
     yield Mutant(
@@ -239,7 +239,7 @@ def _corners() -> Iterator[Backend]:
         _forward=_quietly(lambda z, on, axis, variant: _row_forward(z, on, axis, variant) + 0 * np.sum(z)),
     )
     yield Mutant("plus-inf-is-one-hot", _forward=_quietly(_plus_inf_wins))
-    yield Mutant("range-overflows", _factor=_quietly(_overflowing_factor))
+    yield Mutant("range-overflows", _range=_quietly(_overflowing_factor))
     yield Mutant("inverse-of-the-range-overflows", _forward=_quietly(_multiplied_by_the_inverse))
     yield Mutant(
         "extrema-of-excluded-entries-count",
@@ -311,7 +311,7 @@ def _multiplied_by_the_inverse(z: Array, on: Array, axis: int, variant: str) -> 
     if variant == "product":
         return _row_forward(z, on, axis, variant)
     p, x_min, x_max = _softmax(z, on, axis)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     return np.where(on, (z * unit - lo * unit) * (1 / R) * p, 0)
 
 
@@ -320,7 +320,7 @@ def _distributed_division(z: Array, on: Array, axis: int, variant: str) -> Array
     if variant == "product":
         return _row_forward(z, on, axis, variant)
     p, x_min, x_max = _softmax(z, on, axis)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     inverse = 1 / R
     exact = (z * unit).astype(np.longdouble) * inverse - (lo * unit * inverse).astype(np.longdouble)
     return np.where(on, exact.astype(z.dtype) * p, 0)
@@ -684,7 +684,7 @@ def _gradients() -> Iterator[Backend]:
         def replaced(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
             g = np.where(on, g, 0)
             p, x_min, x_max = _softmax(z, on, axis)
-            lo, unit, R = _factor(x_min, x_max)
+            lo, unit, R = _range(x_min, x_max)
             a = z if variant == "product" else (z * unit - lo * unit) / R
             at_min, at_max = _shares(z, on, x_min, x_max, axis)
             D, S = (g * a * p).sum(axis, keepdims=True), (g * p).sum(axis, keepdims=True)
@@ -780,7 +780,7 @@ def _vjp_by_the_inverse(z: Array, on: Array, g: Array, axis: int, variant: str) 
         return _row_vjp(z, on, g, axis, variant)
     g = np.where(on, g, 0)
     p, x_min, x_max = _softmax(z, on, axis)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     a = (z * unit - lo * unit) / R
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
     D, S = (g * a * p).sum(axis, keepdims=True), (g * p).sum(axis, keepdims=True)

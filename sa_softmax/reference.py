@@ -260,7 +260,7 @@ def attention_from_state(state: AttentionState, *, variant: str = "normalized") 
     o0, o1 = state.o0 / l, state.o1 / l
     if variant == "product":
         return o1 + m * o0
-    lo, unit, R = _factor(state.lo, state.m)
+    lo, unit, R = _range(state.lo, state.m)
     return o1 / R * unit + (m * unit - lo * unit) / R * o0
 
 
@@ -282,7 +282,7 @@ def _extrema(z: Array, on: Array, axis: int) -> tuple[Array, Array]:
     return x_min, x_max
 
 
-def _factor(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
+def _range(x_min: Array, x_max: Array) -> tuple[Array, Array, Array]:
     """lo, unit and R = unit * (hi - lo), where ``unit`` is the power of two that keeps hi - lo finite (C7).
 
     R = 0 becomes inf, which makes a, and every gradient that divides by R, the 0 that clauses C1 and G5 ask for.
@@ -305,7 +305,7 @@ def _forward(z: Array, on: Array, axis: int, variant: str) -> Array:
     p, x_min, x_max = _softmax(z, on, axis)
     if variant == "product":
         return np.where(on, z * p, 0)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     return np.where(on, (z * unit - lo * unit) / R * p, 0)
 
 
@@ -317,7 +317,7 @@ def _vjp(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
         y = z * p  # first, because g * z may overflow where p, and with it the gradient, is 0
         D = _sum(g * y, axis)
         return np.where(on, (g * y - p * D) + g * p, 0)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     a = (z * unit - lo * unit) / R
     D = _sum(g * a * p, axis)
     S = _sum(g * p, axis)
@@ -332,7 +332,7 @@ def _jvp(z: Array, on: Array, t: Array, axis: int, variant: str) -> Array:
     dp = p * (t - _sum(p * t, axis))
     if variant == "product":
         return np.where(on, t * p + z * dp, 0)
-    lo, unit, R = _factor(x_min, x_max)
+    lo, unit, R = _range(x_min, x_max)
     a = (z * unit - lo * unit) / R
     at_min, at_max = _shares(z, on, x_min, x_max, axis)
     dlo = _sum(at_min * t, axis)

@@ -15,7 +15,7 @@ from torch.autograd import Function, forward_ad
 from sa_softmax._validate import VARIANTS
 from sa_softmax.backends.torch import _kernels
 
-__all__ = ["apply", "bounds", "compose", "participating", "sa_softmax", "short", "softmax", "value", "vjp"]
+__all__ = ["apply", "compose", "participating", "sa_softmax", "short", "softmax", "value", "vjp"]
 
 
 _LAST = -1
@@ -159,11 +159,11 @@ def _factor(z: Tensor, axis: int) -> _Factor:
         x_min = x_max = z.sum(axis, keepdim=True)
     else:
         x_min, x_max = torch.aminmax(z, dim=axis, keepdim=True)
-    lo, hi, unit, R = bounds(x_min, x_max)
+    lo, hi, unit, R = _range(x_min, x_max)
     return _Factor((z * unit - lo * unit) / R, lo, hi, unit, R)
 
 
-def bounds(x_min: Tensor, x_max: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _range(x_min: Tensor, x_max: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lo, hi, unit and R = unit * (hi - lo), where ``unit`` is the power of two that keeps hi - lo finite (C7).
 
     R = 0 becomes inf, which makes a, and every gradient that divides by R, the 0 that clauses C1 and G5 ask for.

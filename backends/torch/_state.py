@@ -129,5 +129,5 @@ def attention_from_state(state: AttentionState, *, variant: str = "normalized") 
     o0, o1 = state.o0 / l, state.o1 / l
     if variant == "product":
         return o1 + m * o0
-    lo, _, unit, R = _row.bounds(torch.where(empty, 0, state.lo), m)
+    lo, _, unit, R = _row._range(torch.where(empty, 0, state.lo), m)
     return o1 / R * unit + (m * unit - lo * unit) / R * o0

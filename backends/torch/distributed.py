@@ -468,7 +468,7 @@ def _vjp(variant: str, z: Tensor, on: Tensor, g: Tensor, first: int, rows: _Rows
     if variant == "product":
         y = z * p  # first, because g * z may overflow where p, and with it the gradient, is 0
         return y, torch.where(on, (g * y - p * D) + g * p, 0)
-    clamped, _, unit, R = _row.bounds(lo, m)
+    clamped, _, unit, R = _row._range(lo, m)
     a = (z * unit - clamped * unit) / R
     key = torch.arange(first, first + z.shape[-1], device=z.device)
     extremal = torch.where((key == at_lo) & (lo < 0), D - S, 0) - torch.where((key == at_hi) & (m > 0), D, 0)
