@@ -10,7 +10,7 @@ demo: .venv/ready  ## train a small model with SA attention, compare the backend
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready lint  ## all tests, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 bench: .venv/ready  ## the kernels against named peers, on this machine
 	$(BIN)/sa-softmax bench --report bench.json --plot bench.png
