@@ -9,7 +9,7 @@ NATIVE := $(shell find backends/native -type f \( -name '*.cpp' -o -name '*.h' -
 demo: .venv/ready  ## train a small model with SA attention, compare the backends on its scores
 	$(BIN)/python examples/demo.py
 
-test: .venv/ready lint  ## all tests, two files at a time
+test: .venv/ready lint  ## all tests, three files at a time: some wait for processes of their own
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 bench: .venv/ready  ## the kernels against named peers, on this machine

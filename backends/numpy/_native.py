@@ -111,7 +111,7 @@ for _function in (sa_softmax, sa_softmax_vjp, sa_attention, sa_attention_vjp):
 
 # What short calls take: arrays of bfloat16 have no buffers.
 _CODES = {np.dtype(name): c_api.DTYPES[name] for name in ("float16", "float32", "float64")}
-_LAST = -1
+_LAST = -1  # compared by identity: -1.0 equals it, and is no axis
 
 
 def _contiguous(x: Array, axis: int, variant: str) -> Array | None:

@@ -17,8 +17,7 @@ from sa_softmax.backends.torch import _kernels
 
 __all__ = ["apply", "compose", "participating", "sa_softmax", "short", "softmax", "value", "vjp"]
 
-
-_LAST = -1
+_LAST = -1  # compared by identity: -1.0 equals it, and is no axis
 
 
 def short(x: Tensor, axis: int, variant: str) -> Tensor | None:
