@@ -167,11 +167,16 @@ def _check_subnormal(
 ) -> float:
     """y is between 0 and 1, or no larger than x; dx is a few times g / R, or no larger than g."""
     x, g, on = (record.inputs[name].astype(np.float64) for name in ("x", "g", "where"))
-    middle, limit = np.zeros_like(x), {"y": abs(x), "dx": abs(g)}[outputs[0]]
-    if variant == "normalized":
-        middle, limit = {"y": (on / 2, on / 2), "dx": (middle, on * (4 * abs(g).max() / abs(x).max()))}[outputs[0]]
+    low, high = np.zeros_like(x), np.ones_like(x)
+    if variant == "product":
+        high = abs(x) if operation == "sa_softmax" else abs(g)
+        low = -high
+    elif operation == "sa_softmax_vjp":
+        high[:] = 4 * abs(g).max() / abs(x).max()
+        low = -high
     (got,) = call(backend, operation, record, variant, device)
-    compare(outputs[0], got, Expected(middle, limit * on, record.inputs["x"].dtype))
+    middle, radius = (low + high) / 2 * on, (high - low) / 2 * on
+    compare(outputs[0], got, Expected(middle, radius, record.inputs["x"].dtype))
     return 0.0  # a range has no error
 
 

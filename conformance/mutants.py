@@ -723,9 +723,12 @@ def _gradients() -> Iterator[Backend]:
         "mean-of-g-instead-of-d",
         _vjp=vjp(lambda g, p, a, S, inverse, edge, **_: p * (g * a - S * a) + g * p * inverse + edge),
     )
+    by_inverse = vjp(lambda g, p, a, D, inverse, edge, **_: p * (g * a - D) + g * p * inverse + edge)
     yield Mutant(
         "inverse-of-the-range-overflows-in-the-gradient",
-        _vjp=_quietly(_vjp_by_the_inverse),
+        _vjp=lambda z, on, g, axis, variant: (_row_vjp if variant == "product" else by_inverse)(
+            z, on, g, axis, variant
+        ),
     )
     yield Mutant("zero-gradient", _vjp=lambda z, on, g, axis, variant: np.zeros_like(z))
     yield Mutant("gradient-transposed-sign", _vjp=lambda z, on, g, axis, variant: -_row_vjp(z, on, g, axis, variant))
@@ -772,19 +775,6 @@ def _gradients() -> Iterator[Backend]:
             options,
         ),
     )
-
-
-def _vjp_by_the_inverse(z: Array, on: Array, g: Array, axis: int, variant: str) -> Array:
-    """The extremal terms and g p times 1 / R."""
-    if variant == "product":
-        return _row_vjp(z, on, g, axis, variant)
-    g = np.where(on, g, 0)
-    p, x_min, x_max = _softmax(z, on, axis)
-    lo, unit, R = _range(x_min, x_max)
-    a = (z * unit - lo * unit) / R
-    at_min, at_max = _shares(z, on, x_min, x_max, axis)
-    D, S = (g * a * p).sum(axis, keepdims=True), (g * p).sum(axis, keepdims=True)
-    return np.where(on, p * (g * a - D) + (g * p + at_min * (D - S) - at_max * D) * (unit / R), 0)
 
 
 def _shares_with_twins(z: Array, on: Array, x_min: Array, x_max: Array, axis: int) -> tuple[Array, Array]:

@@ -445,7 +445,7 @@ void fuzz_row() {
   check_written(y, [](const Shape&) {});
 }
 
-// The row operation of contiguous memory: the bits of the general one.
+// The row operation of contiguous memory: the values of the general one.
 void fuzz_contiguous() {
   const DType dtype = DType(below(4));
   const Variant variant = Variant(below(2));

@@ -30,18 +30,25 @@ inline int64_t count(const Shape& shape) {
   return n;
 }
 
+inline void check_memory(const char* name, const void* data, const int64_t* lengths, size_t rank) {
+  const auto shape = [&] { return text(Shape(lengths, lengths + rank)); };
+  int64_t n = 8;  // bytes of the widest element
+  bool empty = false;
+  for (size_t i = 0; i < rank; ++i) {
+    if (lengths[i] < 0) throw Error(std::string(name) + " must not have a negative length; got the shape " + shape());
+    if (lengths[i] != 0 && __builtin_mul_overflow(n, lengths[i], &n))
+      throw Error(std::string(name) + " must have fewer than 2^60 elements; got the shape " + shape());
+    empty = empty || lengths[i] == 0;
+  }
+  if (data == nullptr && !empty)
+    throw Error(std::string(name) + " must have data; got a null pointer for the shape " + shape());
+}
+
 inline void check_array(const char* name, const Array& a) {
   if (a.shape.size() != a.strides.size())
     throw Error(std::string(name) + " must have one stride for each axis; got the shape " + text(a.shape) + " and " +
                 std::to_string(a.strides.size()) + " strides");
-  int64_t n = 8;  // bytes of the widest element
-  for (const int64_t length : a.shape) {
-    if (length < 0) throw Error(std::string(name) + " must not have a negative length; got the shape " + text(a.shape));
-    if (length != 0 && __builtin_mul_overflow(n, length, &n))
-      throw Error(std::string(name) + " must have fewer than 2^60 elements; got the shape " + text(a.shape));
-  }
-  if (a.data == nullptr && count(a.shape) != 0)
-    throw Error(std::string(name) + " must have data; got a null pointer for the shape " + text(a.shape));
+  check_memory(name, a.data, a.shape.data(), a.shape.size());
 }
 
 inline void check_output(const char* name, const Array& a) {

@@ -105,11 +105,10 @@ void softmax_contiguous(DType dtype, Variant variant, int64_t rows, int64_t n, c
                         const Parallel& parallel) {
   check_variant(variant);
   check_dtype(dtype);
-  int64_t bytes = 8;  // of the widest element
-  if (rows < 0 || n < 0 || (rows > 0 && n > 0 && (__builtin_mul_overflow(bytes, rows, &bytes) || __builtin_mul_overflow(bytes, n, &bytes))))
-    throw Error("x must have rows and lengths of at least 0 and fewer than 2^60 elements; got " + text({rows, n}));
+  const int64_t shape[] = {rows, n};
+  check_memory("x", x, shape, 2);
+  check_memory("y", y, shape, 2);
   if (rows == 0 || n == 0) return;
-  if (x == nullptr || y == nullptr) throw Error("x and y must have data; got a null pointer for the shape " + text({rows, n}));
   RowJob job{};
   job.x = x;
   job.y = y;

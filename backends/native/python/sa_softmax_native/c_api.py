@@ -1,7 +1,7 @@
 """The functions of ``c_api.h``: one Python function for each, the library's errors as ValueError.
 
 Arrays are what :func:`array` makes; whoever calls keeps their memory alive and has checked their dtypes. The
-interpreter lock is released while a kernel runs.
+interpreter lock is released while a kernel runs, but for the short calls of small arrays.
 """
 
 import ctypes
