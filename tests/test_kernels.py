@@ -98,7 +98,7 @@ def test_every_instruction_set_conforms_and_is_exact(level: str) -> None:
 
 
 @variants
-@pytest.mark.parametrize("n", [5, 16, 100, 1024, 5000])
+@pytest.mark.parametrize("n", [5, 16, 100, 1024, 5000, 70000])
 def test_values_are_within_8_ulp_at_any_scale(n: int, variant: str) -> None:
     """ULP of the exact value, in float64: 29 bits more, and x - max is exact there."""
     for scale in (1e-3, 1e-1, 1, 10, 100, 1e3):
@@ -256,6 +256,58 @@ def test_what_is_not_contiguous_takes_the_general_way() -> None:
         y = door.sa_softmax(array)
         assert (y.dtype, y.shape) == (array.dtype, array.shape), name
         np.testing.assert_array_equal(y, door.sa_softmax(array.copy(), axis=array.ndim - 1), err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@variants
+def test_the_shortest_way_is_taken_by_contiguous_plain_tensors_alone(variant: str) -> None:
+    torch = pytest.importorskip("torch")
+    from torch._subclasses import FakeTensorMode
+    from torch.autograd import forward_ad
+
+    from sa_softmax.backends.torch import _kernels, _row, sa_softmax
+
+    if _kernels.short_row is None:
+        pytest.skip("built without Python's headers")
+
+    def short(x: Any, variant: Any = variant) -> Any:
+        return _row.short(x, -1, variant)
+
+    def general(x: Any) -> Any:
+        return sa_softmax(x, variant=variant, where=torch.ones((), dtype=torch.bool))
+
+    x = torch.randn(3, 40)
+    for like in (x, x.double(), x.half(), x.bfloat16(), x[0], x[:, None], x[:0]):
+        torch.testing.assert_close(short(like), general(like), rtol=0, atol=0)
+    negated, leaf = torch.complex(x, -x).conj().imag, x.clone().requires_grad_()
+    others = x.T, x[:, ::2], negated, leaf, torch.nn.Parameter(x), x.long(), x.sum(), x.to("meta"), x.numpy(), None
+    assert [short(other) for other in others] == [None] * len(others)
+    assert short(x, "Normalized") is None
+    assert short(x, None) is None
+    with torch.no_grad():
+        assert torch.equal(short(leaf), general(x))
+
+    seen: list[Any] = []
+
+    def look(x: Any) -> Any:
+        seen.append(short(x))
+        return x
+
+    torch.func.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    torch.jit.trace(look, x, check_trace=False)  # which would call it once more, not traced
+    with forward_ad.dual_level():
+        look(x)
+    with FakeTensorMode():
+        look(torch.empty(3, 4))
+    assert len(seen) >= 5
+    assert set(seen) == {None}
+
+    objects = x, leaf, x.dtype, variant, _kernels.short_row
+    before = [sys.getrefcount(each) for each in objects]
+    for _ in range(1000):
+        short(x), short(leaf), short(x.T)
+    assert [sys.getrefcount(each) for each in objects] == before
 
 
 def test_wrong_short_calls_are_refused() -> None:

@@ -53,6 +53,9 @@ for _name, _schema in SCHEMAS.items():
 _IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {}
 _READ_OUTPUT: set[str] = set()
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
+short_row: Callable[[str, Tensor], Tensor | None] | None = None
+"""What ``direct`` finds out and ``row`` computes, for contiguous rows of CPU tensors, in one call; None where no
+kernels offer it."""
 
 
 def register(device: str, name: str, kernels: ModuleType) -> None:
@@ -62,6 +65,10 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
         _LIBRARY.impl(operator, getattr(kernels, operator), device.upper())
         if device == "cpu":
             _FUNCTIONS[operator] = getattr(kernels, operator)
+    if device == "cpu":
+        global short_row
+        followed = _dispatch_keys, _PLAIN, _QUESTIONS, torch.is_grad_enabled, forward_ad
+        short_row = kernels.short_row(*followed) if hasattr(kernels, "short_row") else None
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
     if kernels.READS_OUTPUT:
@@ -103,6 +110,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transformation = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
+_QUESTIONS = (_dispatch_modes, _function_modes, _transformation, _tracing_state)
 
 
 def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:

@@ -1,5 +1,7 @@
 """CPU tensors through the kernels of sa-softmax-native, on as many threads as PyTorch's own operators use."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from sa_softmax.backends.torch._kernels import empty_attention
 
-__all__ = ["READS_OUTPUT", "attention", "attention_vjp", "row", "row_vjp"]
+__all__ = ["READS_OUTPUT", "attention", "attention_vjp", "row", "row_vjp", "short_row"]
 
 READS_OUTPUT = False
 """The gradient of attention computes the scores again."""
@@ -30,6 +32,15 @@ def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
         return y
     c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), torch.get_num_threads())
     return y
+
+
+def short_row(*followed: Any) -> Callable[[str, Tensor], Tensor | None] | None:
+    """Rows along the last axis without a line of Python, where nothing follows the tensor: ``followed`` is what to ask.
+    The function takes the variant and x, and returns None where it is not for it to compute."""
+    if c_api.short_calls is None:
+        return None
+    how = (Tensor, *followed, _NUMBERS, c_api.VARIANTS, torch.get_num_threads, torch.empty_like)
+    return partial(c_api.short_calls.rows_of_tensor, how)
 
 
 def row_vjp(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from sa_softmax._validate import VARIANTS
 from sa_softmax.backends.torch import _kernels
 
 __all__ = ["apply", "compose", "participating", "sa_softmax", "short", "softmax", "value", "vjp"]
@@ -22,10 +21,8 @@ _LAST = -1  # compared by identity: -1.0 equals it, and is no axis
 
 def short(x: Tensor, axis: int, variant: str) -> Tensor | None:
     """The result where nothing is to be checked or differentiated: a short row computes faster than that is done."""
-    if type(x) is not Tensor or axis is not _LAST or type(variant) is not str or variant not in VARIANTS:
-        return None
-    kernel = _kernels.direct("row", x)
-    return None if kernel is None or x.dim() == 0 else kernel(x, None, x.dim() - 1, variant)
+    kernel = _kernels.short_row
+    return None if kernel is None or axis is not _LAST or torch.compiler.is_compiling() else kernel(variant, x)
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

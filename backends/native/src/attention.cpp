@@ -108,6 +108,32 @@ INLINE void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C
 template <class T>
 constexpr bool kMayPair = kSame<T, Bfloat> && SA_SOFTMAX_VECTOR == 64;
 
+// to[i * to_pitch + c] = from[c * from_pitch + i]: 16 rows of 16 words.
+#if SA_SOFTMAX_VECTOR == 64
+INLINE void transpose_words(const void* from, int64_t from_pitch, void* to, int64_t to_pitch) {
+  __m512i a[16], b[16];
+  for (int c = 0; c < 16; ++c) a[c] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + c * from_pitch);
+  for (int c = 0; c < 16; c += 2) {
+    b[c] = _mm512_unpacklo_epi32(a[c], a[c + 1]);
+    b[c + 1] = _mm512_unpackhi_epi32(a[c], a[c + 1]);
+  }
+  for (int c = 0; c < 16; c += 4)  // a[c + k]: word k of each quarter, of rows c to c + 3
+    for (int k = 0; k < 2; ++k) {
+      a[c + 2 * k] = _mm512_unpacklo_epi64(b[c + k], b[c + k + 2]);
+      a[c + 2 * k + 1] = _mm512_unpackhi_epi64(b[c + k], b[c + k + 2]);
+    }
+  for (int k = 0; k < 4; ++k) {  // the quarters in order
+    const __m512i low02 = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88);
+    const __m512i low13 = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
+    const __m512i high13 = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
+    const __m512i rows[4] = {_mm512_shuffle_i32x4(low02, high02, 0x88), _mm512_shuffle_i32x4(low13, high13, 0x88),
+                             _mm512_shuffle_i32x4(low02, high02, 0xdd), _mm512_shuffle_i32x4(low13, high13, 0xdd)};
+    for (int q = 0; q < 4; ++q) _mm512_storeu_si512(static_cast<uint32_t*>(to) + (4 * q + k) * to_pitch, rows[q]);
+  }
+}
+#endif
+
 // Two bfloat16 in a word of the size of C.
 [[maybe_unused]] INLINE float pair(Bfloat low, Bfloat high) { return as<float>(uint32_t(low.bits) | uint32_t(high.bits) << 16); }
 
@@ -173,8 +199,15 @@ struct Head {
       C* const panel = panels + j * n;
       const int64_t width = between(0, job.tk - j, kColumns<C>);
       if (width < kColumns<C>) std::memset(panel, 0, size_t(n * kColumns<C>) * sizeof(C));
+      int64_t done = 0;
+#if SA_SOFTMAX_VECTOR == 64
+      if (kSame<T, float> && m.column == 1 && width == kColumns<C>)
+        for (; done + 16 <= n; done += 16)
+          for (int64_t c = 0; c < width; c += 16)
+            transpose_words(m.data + (j + c) * m.row + done, m.row, panel + done * kColumns<C> + c, kColumns<C>);
+#endif
       for (int64_t c = 0; c < width; ++c)
-        for (int64_t i = 0; i < n; ++i) panel[i * kColumns<C> + c] = m.at(j + c, i);
+        for (int64_t i = done; i < n; ++i) panel[i * kColumns<C> + c] = m.at(j + c, i);
     }
   }
   // rows[j][i] = m[j][i] for the keys in `keys`
@@ -191,7 +224,14 @@ struct Head {
       C* const panel = scratch + job.at.keys + j * job.words;
       const int64_t width = between(0, job.tk - j, kColumns<C>);
       if (width < kColumns<C> || job.words > job.d / 2) std::memset(panel, 0, size_t(job.words * kColumns<C>) * sizeof(C));
-      for (int64_t i = 0; i < job.d / 2; ++i)  // neighbours are stored
+      int64_t done = 0;
+#if SA_SOFTMAX_VECTOR == 64
+      if (k.column == 1 && k.row % 2 == 0 && width == kColumns<C>)
+        for (; done + 16 <= job.d / 2; done += 16)
+          for (int64_t c = 0; c < width; c += 16)
+            transpose_words(k.data + (j + c) * k.row + 2 * done, k.row / 2, panel + done * kColumns<C> + c, kColumns<C>);
+#endif
+      for (int64_t i = done; i < job.d / 2; ++i)  // neighbours are stored
         for (int64_t c = 0; c < width; ++c) {
           const Bfloat* const row = k.data + (j + c) * k.row + 2 * i * k.column;
           panel[i * kColumns<C> + c] = pair(row[0], row[k.column]);
@@ -371,43 +411,53 @@ struct Block {
     }
   }
   void load_queries() const {
-    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
     if constexpr (kMayPair<T>) {
-      if (job.pairs != Pairs::none)
+      if (job.pairs != Pairs::none) {  // as they are: two in a word
         for (int64_t r = 0; r < count; ++r) {
-          C* const row = queries + r * job.d_pitch;
-          halve_row(row, job.d_pitch);
-          for (int64_t i = job.d_pitch / 2; i < job.words; ++i) row[i] = 0;
+          const T* const from = static_cast<const T*>(job.q) + offset(r, &AttentionStrides::q);
+          const int64_t step = job.column.q;
+          T* const row = reinterpret_cast<T*>(queries + r * job.d_pitch);
+          if (step == 1)
+            std::memcpy(row, from, size_t(job.d) * sizeof(T));
+          else
+            for (int64_t i = 0; i < job.d; ++i) row[i] = from[i * step];
+          for (int64_t i = job.d; i < 2 * job.words; ++i) row[i] = T{0};
         }
+        return;
+      }
     }
+    load_rows(job.q, &AttentionStrides::q, job.d, queries, job.d_pitch);
   }
-  // n numbers, a multiple of 16, as bfloat16 in the first half of their place.
-  void halve_row(C* row, int64_t n) const {
-    for (int64_t i = 0; i < n; i += 16) {
-      Bfloat halves[16];
-      for (int64_t c = 0; c < 16; ++c) halves[c] = narrow<Bfloat>(row[i + c]);
-      std::memcpy(row + i / 2, halves, sizeof halves);
+  // The weights Y, in place of the scores, and what to multiply the rows of Y V by.
+  template <class Y>
+  void weights(C* inverses) const {
+    for (int64_t r = 0; r < count; r += 4) {
+      const C* z[4] = {};
+      Y* y[4] = {};
+      int64_t n[4] = {};
+      const int64_t several = least(4, count - r);
+      for (int64_t c = 0; c < several; ++c) {
+        const Range all = columns(r + c);
+        C* const s = scores + (r + c) * pitch;
+        z[c] = s + all.begin;
+        y[c] = reinterpret_cast<Y*>(s) + all.begin;  // a pair of keys stands where the one with half its number would
+        n[c] = all.end - all.begin;
+      }
+      weights_rows(z, n, several, job.normalized, late_scale(), y, inverses + r);
     }
   }
   // output = Y V
   void weigh(bool careful) {
-    C scales[kMostRows] = {};
-    for (int64_t r = 0; r < count; ++r)
-      if (const Range all = columns(r); !all.empty()) {
-        C* const s = scores + r * pitch;
-        const int64_t n = all.end - all.begin;
-        if constexpr (kMayPair<T>) {
-          if (job.pairs != Pairs::none) {  // a pair of keys stands where the one with half its number would
-            T* const y = reinterpret_cast<T*>(s) + all.begin;
-            scales[r] = weights_row(s + all.begin, n, job.normalized, late_scale(), y);
-            continue;
-          }
-        }
-        scales[r] = weights_row(s + all.begin, n, job.normalized, C(1), s + all.begin);
-      }
+    C inverses[kMostRows + 4];
+    bool paired = false;
+    if constexpr (kMayPair<T>) {
+      paired = job.pairs != Pairs::none;
+      if (paired) weights<T>(inverses);
+    }
+    if (!paired) weights<C>(inverses);
     multiply_values(careful);
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= scales[r];
+      for (int64_t c = 0; c < job.dv_pitch; ++c) output[r * job.dv_pitch + c] *= inverses[r];
   }
   void multiply_values(bool careful) const {
     if constexpr (kMayPair<T>) {

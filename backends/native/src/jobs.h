@@ -11,6 +11,8 @@ constexpr int64_t kPad = 64;
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 constexpr int64_t kShortest = 16;  // the most lanes of a vector
+// So many rows are processed together, whose sums share vectors, if they stay in the first cache with what they become.
+constexpr int64_t kTogether = 4;
 
 // Strides in elements of x, g, where and y.
 struct RowStrides {
@@ -33,8 +35,9 @@ struct RowJob {
   bool streams;  // if direct: the output goes past the caches
 
   int64_t tiles_across() const { return (columns + width - 1) / width; }
-  // e, or z and g of a tile, e and an output row, in elements of the compute type.
-  int64_t scratch() const { return direct ? padded(n) : (2 * width + 2) * padded(n); }
+  int64_t together() const { return n > (g == nullptr ? 1024 : 512) ? 1 : columns < kTogether ? columns : kTogether; }
+  // e, or z and g of a tile, e and output rows, in elements of the compute type.
+  int64_t scratch() const { return (direct ? together() : 2 * width + 2 * together()) * padded(n); }
 };
 
 // Strides in elements of the arrays of attention; o_grad is the upstream gradient.

@@ -84,13 +84,17 @@ INLINE void fence() {
 #endif
 }
 
-// A row of n >= kLanes entries in memory. With kMasked, entries where `where` is false read as -inf.
+// Rows of n >= kLanes entries in memory. With kMasked, entries where `where` is false read as -inf.
 template <class T, bool kMasked>
 struct Row {
   using C = Compute<T>;
   const T* data;
   const uint8_t* where;
+  int64_t across, where_across;  // to the next
 
+  INLINE Row next(int64_t c) const {
+    return {data + c * across, kMasked ? where + c * where_across : where, across, where_across};
+  }
   INLINE Vector<C> at(int64_t i) const {
     const Vector<C> v = read(data + i);
     if constexpr (!kMasked) return v;
@@ -100,13 +104,12 @@ struct Row {
   }
 };
 
-// Calls f(i, u, nullptr) for each vector of a row, where u counts kWays accumulators, and then, if a part of a vector is
-// left, f(n - kLanes, 0, lanes) for the last one; its true lanes are those that no other vector had.
+// Calls f(i, u, nullptr) for each vector of the entries [i, n) of a row, where u counts kWays accumulators, and then, if a
+// part of a vector is left, f(n - kLanes, 0, lanes) for the last one; its true lanes are those that no other vector had.
 template <class C, int kWays, class F>
-INLINE void vectors(int64_t n, const F& f) {
+INLINE void vectors(int64_t i, int64_t n, const F& f) {
   using I = typename Simd<C>::I;
   constexpr int kStep = kLanes<C>;
-  int64_t i = 0;
   for (; i + kWays * kStep <= n; i += kWays * kStep)
     for (int u = 0; u < kWays; ++u) f(i + u * kStep, u, nullptr);
   for (int u = 0; i + kStep <= n; i += kStep, ++u)
@@ -117,6 +120,16 @@ INLINE void vectors(int64_t n, const F& f) {
   for (int j = 0; j < kStep; ++j) lane[j] = j;
   const I fresh = lane >= typename Simd<C>::Count(kStep - (n - i));
   f(n - kStep, 0, &fresh);
+}
+// The same for a whole row, by segments: after each, end() adds up what the accumulators hold, so that rounding errors grow
+// with the square root of a row's length only.
+template <class C, int kWays, class F, class E>
+INLINE void segments(int64_t n, const F& f, const E& end) {
+  constexpr int64_t kSegment = 4096;
+  for (int64_t i = 0; i < n; i += kSegment) {
+    vectors<C, kWays>(i, least(i + kSegment, n), f);
+    end();
+  }
 }
 // v in the lanes that f is told of.
 template <class I, class V>
@@ -150,128 +163,249 @@ INLINE void write_row(T* y, int64_t n, bool streams, const F& f) {
   std::memcpy(y + i, edge + kStep - (n - i), size_t(n - i) * sizeof(T));
 }
 
-template <class C>
-struct Range {
-  Extrema<C> of;
-  bool whole;  // no entry is -inf: all participate
-};
-template <class R>
-INLINE Range<typename R::C> range(const R& z, int64_t n) {
-  using C = typename R::C;
-  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  Vector<C> low[4], high[4];
-  for (int u = 0; u < 4; ++u) low[u] = all(kInfinity<C>), high[u] = -low[u];
-  vectors<C, 4>(n, [&](int64_t i, int u, auto) {
-    const Vector<C> v = z.at(i);
-    high[u] = v > high[u] ? v : high[u];
-    low[u] = v < low[u] ? v : low[u];
-  });
-  const Extrema<C> of{reduce<C>(low, smaller), reduce<C>(high, larger)};
-  if (of.low != -kInfinity<C>) return {of, true};
-  Vector<C> least = all(kInfinity<C>);
-  vectors<C, 1>(n, [&](int64_t i, int, auto) {
-    const Vector<C> v = z.at(i), w = v == all(-kInfinity<C>) ? all(kInfinity<C>) : v;
-    least = w < least ? w : least;
-  });
-  return {{halve<C>(least, smaller), of.high}, false};
-}
 template <bool kWhole, class C>
 INLINE Vector<C> participating(Vector<C> z, Vector<C> v) {
   return kWhole ? v : z == all(-kInfinity<C>) ? Vector<C>{} : v;
 }
 
-// What else a row needs: e, scratch for n entries; whether to stream; and how far ahead the next row lies, to fetch it.
+// What else rows need: e, scratch of `pitch` entries for each; whether to stream; and how far ahead the next row lies, to
+// fetch it.
 template <class C>
 struct Means {
   C* e;
+  int64_t pitch;
   bool streams;
   int64_t next, next_g;
+  INLINE Means of(int64_t c) const { return {e + c * pitch, pitch, streams, next, next_g}; }
 };
 template <class T>
 INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);  // to the second level: the first holds the row at hand
 }
 
-template <bool kWhole, class R, class Y>
-__attribute__((noinline)) void forward(const R z, int64_t n, Y* y, const Means<typename R::C> means, bool normalized,
-                                       Extrema<typename R::C> row) {
+// A row's extrema, of each lane. Calls also(i, u, lanes, entries) and end() on the way, as `segments` does.
+template <class R, class F, class E>
+INLINE Extrema<Vector<typename R::C>> lane_extrema(const R& z, int64_t n, const F& also, const E& end) {
   using C = typename R::C;
-  const Vector<C> high = all(row.high), zero{};
-  Vector<C> total[4] = {};
-  vectors<C, 4>(n, [&](int64_t i, int u, auto lanes) {
-    fetch(z.data + means.next + i);
-    const Vector<C> out = exp_difference<C>(z.at(i), high);
-    total[u] += only(lanes, out, zero);
-    store(means.e + i, out);
-  });
-  const Factor<C> f = normalized ? factor(row) : Factor<C>{1, 1, 0, 1};
-  const Vector<C> unit = all(f.unit), lo = all(f.lo), scale = all(f.inverse_range * (1 / sum<C>(total)));
-  write_row(y, n, means.streams, [&](int64_t i) {
+  Vector<C> low[4], high[4];
+  for (int u = 0; u < 4; ++u) low[u] = all(kInfinity<C>), high[u] = -low[u];
+  const auto look = [&](int64_t i, int u, auto lanes) {
     const Vector<C> v = z.at(i);
-    return participating<kWhole, C>(v, (v * unit - lo) * scale * load(means.e + i));
-  });
+    high[u] = larger(v, high[u]);
+    low[u] = smaller(v, low[u]);
+    also(i, u, lanes, v);
+  };
+  segments<C, 4>(n, look, end);
+  return {combine(low, smaller), combine(high, larger)};
 }
-// y = the row operation.
-template <class R, class Y>
-INLINE void forward(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, bool normalized) {
-  const auto row = range(z, n);
-  (row.whole ? forward<true, R, Y> : forward<false, R, Y>)(z, n, y, means, normalized, row.of);
+// The least entry that participates.
+template <class R>
+__attribute__((noinline)) typename R::C least_finite(const R& z, int64_t n) {
+  using C = typename R::C;
+  Vector<C> least = all(kInfinity<C>);
+  vectors<C, 1>(0, n, [&](int64_t i, int, auto) {
+    const Vector<C> v = z.at(i);
+    least = smaller(v == all(-kInfinity<C>) ? all(kInfinity<C>) : v, least);
+  });
+  return halve<C>(least, smaller);
+}
+// Up to four rows.
+template <class C>
+struct Ranges {
+  Extrema<Four<C>> of;
+  bool whole[kTogether];  // no entry is -inf: all participate
+};
+template <class R>
+INLINE Ranges<typename R::C> ranges(const R& z, int64_t count, int64_t n, const Vector<typename R::C> (&low)[kTogether],
+                                    const Vector<typename R::C> (&high)[kTogether]) {
+  using C = typename R::C;
+  Ranges<C> rows{{halve_four<C>(low, smaller), halve_four<C>(high, larger)}, {}};
+  for (int64_t c = 0; c < count; ++c) {
+    rows.whole[c] = rows.of.low[c] != -kInfinity<C>;
+    if (!rows.whole[c]) rows.of.low[c] = least_finite(z.next(c), n);
+  }
+  return rows;
+}
+template <class C>
+INLINE bool is_common(C high) {
+  return high >= kLeast<C> && high <= kMost<C>;
 }
 
-template <bool kWhole, class R, class G, class Y>
-__attribute__((noinline)) void vjp(const R z, const G g, int64_t n, Y* dx, const Means<typename R::C> means,
-                                   bool normalized, Extrema<typename R::C> row) {
+template <class C>
+struct Total {
+  Vector<C> whole{}, ways[4] = {};
+  INLINE void end() {
+    whole += combine(ways, plus);
+    for (Vector<C>& way : ways) way = Vector<C>{};
+  }
+};
+// What the lanes of a row say of it; the exponentials of common_shift are stored.
+template <class C>
+struct Found {
+  Extrema<Vector<C>> of;
+  Vector<C> total;
+};
+template <class R>
+INLINE Found<typename R::C> find(const R& z, int64_t n, const Means<typename R::C>& means) {
   using C = typename R::C;
-  using I = typename Simd<C>::I;
-  using Count = typename Simd<C>::Count;
-  const Vector<C> zero{};
-  const Vector<C> low = all(row.low), high = all(row.high);
-  const Factor<C> f = normalized ? factor(row) : room(row, n);
-  const Vector<C> unit = all(f.unit), lo = all(f.lo);
-  Vector<C> l[2] = {}, d[2] = {}, s[2] = {};
-  I at_low[2] = {}, at_high[2] = {};
-  vectors<C, 2>(n, [&](int64_t i, int u, auto lanes) {
+  const Shift<C> common = common_shift<C>();
+  Total<C> total;
+  const auto add = [&](int64_t i, int u, auto lanes, Vector<C> v) {
     fetch(z.data + means.next + i);
-    fetch(g.data + means.next_g + i);
-    const Vector<C> v = z.at(i), e = exp_difference<C>(v, high);
+    const Vector<C> e = exp_shifted<C, true>(v, common);
+    total.ways[u] += only(lanes, e, Vector<C>{});
     store(means.e + i, e);
-    const Vector<C> ge = only(lanes, participating<kWhole, C>(v, g.at(i) * e), zero);
-    l[u] += only(lanes, e, zero);
-    s[u] += ge;
-    d[u] += participating<kWhole, C>(v, ge * (v * unit - lo));
-    at_low[u] -= only(lanes, I(v == low), I{});
-    at_high[u] -= only(lanes, I(v == high), I{});
-  });
-  const auto plus = [](auto a, auto b) { return a + b; };
-  const C inverse_l = 1 / halve<C>(l[0] + l[1], plus);
-  const C S = halve<C>(s[0] + s[1], plus) * inverse_l;
-  const C D = halve<C>(d[0] + d[1], plus) * inverse_l * f.inverse_range;
-  const Count ties_low = halve<Count>(at_low[0] + at_low[1], plus), ties_high = halve<Count>(at_high[0] + at_high[1], plus);
-  const C to_low = normalized && row.low < 0 ? (D - S) / C(ties_low) * f.inverse_range : C(0);
-  const C to_high = normalized && row.high > 0 ? -D / C(ties_high) * f.inverse_range : C(0);
-  // dx = p ((g a - D) + g / R) + extremal: g / R is what is left where softmax saturates, so it is added last. Where
-  // 1 / R = inverse_range unit or g / R overflows, though the sum may not, the terms are made smaller.
-  constexpr C large = kSame<C, float> ? C(0x1p100) : C(0x1p960);
-  const C spare = f.inverse_range * f.unit < large ? C(1) : C(0x1p-60);
-  const Vector<C> p_scale = all(inverse_l * (normalized ? 1 : f.inverse_unit)),
-                  a_scale = all(f.inverse_range * spare), more = all(f.inverse_range * (spare * f.unit)),
-                  Ds = all(D * spare), to_lows = all(to_low * (spare * f.unit)),
-                  to_highs = all(to_high * (spare * f.unit)), grow = all(1 / spare);
-  write_row(dx, n, means.streams, [&](int64_t i) {
+  };
+  const auto of = lane_extrema(z, n, add, [&] { total.end(); });
+  return {of, total.whole};
+}
+// The exponentials for any maximum, and their sum.
+template <class R>
+__attribute__((noinline)) typename R::C exponentials(const R& z, int64_t n, const Shift<typename R::C>& shift,
+                                                     typename R::C* e) {
+  using C = typename R::C;
+  Total<C> total;
+  const auto add = [&](int64_t i, int u, auto lanes) {
+    const Vector<C> out = exp_shifted<C>(z.at(i) - shift.origin, shift);
+    total.ways[u] += only(lanes, out, Vector<C>{});
+    store(e + i, out);
+  };
+  segments<C, 4>(n, add, [&] { total.end(); });
+  return halve<C>(total.whole, plus);
+}
+// y = (unit z - lo) e scale
+template <bool kWhole, class R, class Y>
+INLINE void weigh(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, typename R::C unit,
+                                     typename R::C lo, typename R::C scale) {
+  using C = typename R::C;
+  const Vector<C> units = all(unit), los = all(lo), scales = all(scale);
+  write_row(y, n, means.streams, [&](int64_t i) {
     const Vector<C> v = z.at(i);
-    const Vector<C> up = g.at(i);
-    Vector<C> out = load(means.e + i) * p_scale * ((up * ((v * unit - lo) * a_scale) - Ds) + up * more);
-    out += v == low ? to_lows : zero;
-    out += v == high ? to_highs : zero;
-    return participating<kWhole, C>(v, out * grow);
+    return participating<kWhole, C>(v, (v * units - los) * load(means.e + i) * scales);
   });
 }
-// dx of one row (section 5 of the spec); g counts as 0 where z is -inf.
+// y = the row operation of up to four rows. The exponentials are computed with the extrema, for all rows whose maximum turns
+// out to be common.
+template <class R, class Y>
+__attribute__((noinline)) void forward(const R& z, int64_t count, int64_t n, Y* y, int64_t y_across,
+                                       const Means<typename R::C>& means, bool normalized) {
+  using C = typename R::C;
+  Vector<C> low[kTogether] = {}, high[kTogether] = {}, total[kTogether] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    const Found<C> row = find(z.next(c), n, means.of(c));
+    low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
+  }
+  const Ranges<C> rows = ranges(z, count, n, low, high);
+  Four<C> sums = halve_four<C>(total, plus);
+  for (int64_t c = 0; c < count; ++c)
+    if (!is_common<C>(rows.of.high[c])) sums[c] = exponentials(z.next(c), n, shift<C>(rows.of.high[c]), means.of(c).e);
+  const Factor<Four<C>> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, 1);
+  const Four<C> scale = (normalized ? f.inverse_range : f.inverse_unit) / sums;
+  for (int64_t c = 0; c < count; ++c)
+    if (rows.whole[c])
+      weigh<true>(z.next(c), n, y + c * y_across, means.of(c), f.unit[c], f.lo[c], scale[c]);
+    else
+      weigh<false>(z.next(c), n, y + c * y_across, means.of(c), f.unit[c], f.lo[c], scale[c]);
+}
+
+template <class C>
+using LaneSums = Sums<Vector<C>, typename Simd<C>::I>;
+// The exponentials are stored: of common_shift, if kUsual.
+template <bool kWhole, bool kUsual, class R, class G>
+INLINE LaneSums<typename R::C> gradient_sums(const R& z, const G& g, int64_t n, const Means<typename R::C>& means,
+                                             const Extrema<typename R::C>& row, typename R::C unit, typename R::C lo) {
+  using C = typename R::C;
+  using I = typename Simd<C>::I;
+  const Vector<C> zero{}, low = all(row.low), high = all(row.high), units = all(unit), los = all(lo);
+  const Shift<C> by = kUsual ? common_shift<C>() : shift(row.high);
+  LaneSums<C> sums[2] = {};
+  vectors<C, 2>(0, n, [&](int64_t i, int u, auto lanes) {
+    fetch(z.data + means.next + i);
+    fetch(g.data + means.next_g + i);
+    const Vector<C> v = z.at(i), e = exp_shifted<C, kUsual>(kUsual ? v : v - by.origin, by);
+    store(means.e + i, e);
+    const Vector<C> ge = only(lanes, participating<kWhole, C>(v, g.at(i) * e), zero);
+    LaneSums<C>& sum = sums[u];
+    sum.l += only(lanes, e, zero);
+    sum.s += ge;
+    sum.d += participating<kWhole, C>(v, ge * (v * units - los));
+    sum.at_low = only(lanes, v == low, I{}) ? sum.at_low + 1 : sum.at_low;
+    sum.at_high = only(lanes, v == high, I{}) ? sum.at_high + 1 : sum.at_high;
+  });
+  return {sums[0].l + sums[1].l, sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
+          sums[0].at_high + sums[1].at_high};
+}
+template <bool kWhole, bool kUsual, class R, class G, class Y>
+INLINE void write_gradient(const R& z, const G& g, int64_t n, Y* dx, const Means<typename R::C>& means,
+                           const Extrema<typename R::C>& row, const Gradient<typename R::C>& by) {
+  using C = typename R::C;
+  const Entries<C, !kUsual> entries(row, by);
+  write_row(dx, n, means.streams, [&](int64_t i) {
+    const Vector<C> v = z.at(i);
+    return participating<kWhole, C>(v, entries.dx(v, g.at(i), load(means.e + i) * entries.p_scale, entries.a(v)));
+  });
+}
+template <bool k>
+struct Constant {
+  static constexpr bool value = k;
+};
+// f(whole, usual), as constants; what is true of neither serves all.
+template <class F>
+INLINE void choose(bool whole, bool usual, const F& f) {
+  if (!usual) return f(Constant<false>{}, Constant<false>{});
+  if (whole) return f(Constant<true>{}, Constant<true>{});
+  f(Constant<false>{}, Constant<true>{});
+}
+// dx of up to four rows (section 5 of the spec); g counts as 0 where z is -inf.
 template <class R, class G, class Y>
-INLINE void vjp(const R& z, const G& g, int64_t n, Y* dx, const Means<typename R::C>& means, bool normalized) {
-  const auto row = range(z, n);
-  (row.whole ? vjp<true, R, G, Y> : vjp<false, R, G, Y>)(z, g, n, dx, means, normalized, row.of);
+__attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_t n, Y* dx, int64_t dx_across,
+                                   const Means<typename R::C>& means, bool normalized) {
+  using C = typename R::C;
+  using V = Four<C>;
+  using Count = typename Simd<C>::Count;
+  Vector<C> low[kTogether] = {}, high[kTogether] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    const auto of = lane_extrema(z.next(c), n, [](auto...) {}, [] {});
+    low[c] = of.low, high[c] = of.high;
+  }
+  const Ranges<C> rows = ranges(z, count, n, low, high);
+  const Factor<V> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, n);
+  const auto row = [&](int64_t c) { return Extrema<C>{rows.of.low[c], rows.of.high[c]}; };
+  bool usual[kTogether] = {}, wanted[kTogether] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    wanted[c] = true;
+    usual[c] = is_common<C>(rows.of.high[c]) &&
+               (normalized ? f.inverse_range[c] * f.unit[c] < kLargeFactor<C> : f.unit[c] == 1);
+  }
+  Vector<C> l[kTogether] = {}, s[kTogether] = {}, d[kTogether] = {};
+  typename Simd<C>::I at_low[kTogether] = {}, at_high[kTogether] = {};
+  Sums<V, V> sums;
+  for (bool complete = false; !complete;) {
+    for (int64_t c = 0; c < count; ++c) {
+      if (!wanted[c]) continue;
+      choose(rows.whole[c], usual[c], [&](auto whole, auto common) {
+        const LaneSums<C> of =
+            gradient_sums<whole.value, common.value>(z.next(c), g.next(c), n, means.of(c), row(c), f.unit[c], f.lo[c]);
+        l[c] = of.l, s[c] = of.s, d[c] = of.d, at_low[c] = of.at_low, at_high[c] = of.at_high;
+      });
+    }
+    sums = {halve_four<C>(l, plus), halve_four<C>(s, plus), halve_four<C>(d, plus),
+            __builtin_convertvector(halve_four<Count>(at_low, plus), V),
+            __builtin_convertvector(halve_four<Count>(at_high, plus), V)};
+    // A sum that overflows, because g is huge, may be finite with smaller exponentials.
+    complete = true;
+    for (int64_t c = 0; c < count; ++c) {
+      wanted[c] = usual[c] && !(sums.s[c] - sums.s[c] == 0 && sums.d[c] - sums.d[c] == 0);
+      if (wanted[c]) usual[c] = complete = false;
+    }
+  }
+  const Gradient<V> by = gradient<C>(rows.of, f, sums, normalized);
+  for (int64_t c = 0; c < count; ++c)
+    choose(rows.whole[c], usual[c], [&](auto whole, auto common) {
+      write_gradient<whole.value, common.value>(z.next(c), g.next(c), n, dx + c * dx_across, means.of(c), row(c),
+                                                {by.unit[c], by.lo[c], by.p_scale[c], by.a_scale[c], by.D[c],
+                                                 by.more[c], by.to_low[c], by.to_high[c], by.grow[c]});
+    });
 }
 
 // Copies `count` rows of a tile to scratch: dst[c * pitch + i] = element i of row c, -inf where `where` is false and
@@ -312,8 +446,6 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
   const int64_t pitch = padded(job.n), across = job.tiles_across();
   C* const z = static_cast<C*>(scratch);
   C* const g = z + job.width * pitch;
-  C* const e = g + job.width * pitch;
-  C* const out = e + pitch;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile % across * job.width, count = least(job.width, job.columns - first);
     RowStrides at{first * job.across.x, first * job.across.g, first * job.across.where, first * job.across.y};
@@ -330,20 +462,23 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
     const T* const up = kVjp ? static_cast<const T*>(job.g) + at.g : nullptr;
     T* const y = static_cast<T*>(job.y) + at.y;
     const uint8_t* const where = job.where ? job.where + at.where : nullptr;
+    const int64_t together = job.together();
     if (job.direct) {
-      for (int64_t c = 0; c < count; ++c) {
-        const T* const row = x + c * job.across.x;
-        const Means<C> means{z, job.streams, job.across.x, job.across.g};
+      const Means<C> means{z, pitch, job.streams, together * job.across.x, together * job.across.g};
+      for (int64_t c = 0; c < count; c += together) {
+        const int64_t several = least(together, count - c);
+        T* const to = y + c * job.across.y;
         const auto run = [&](auto source) {
           if constexpr (kVjp)
-            vjp(source, Row<T, false>{up + c * job.across.g, nullptr}, job.n, y + c * job.across.y, means, job.normalized);
+            vjp(source, Row<T, false>{up + c * job.across.g, nullptr, job.across.g, 0}, several, job.n, to, job.across.y,
+                means, job.normalized);
           else
-            forward(source, job.n, y + c * job.across.y, means, job.normalized);
+            forward(source, several, job.n, to, job.across.y, means, job.normalized);
         };
         if (where == nullptr)
-          run(Row<T, false>{row, nullptr});
+          run(Row<T, false>{x + c * job.across.x, nullptr, job.across.x, 0});
         else
-          run(Row<T, true>{row, where + c * job.across.where});
+          run(Row<T, true>{x + c * job.across.x, where + c * job.across.where, job.across.x, job.across.where});
       }
       continue;
     }
@@ -351,14 +486,17 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
     if (kVjp) gather<T, C>(up, job.along.g, job.across.g, nullptr, 0, 0, g, pitch, job.n, count);
     // Of the same length as where it lies, so that its bits are the same, unless it is too short for one vector.
     const int64_t n = job.n < kLanes<C> ? kLanes<C> : job.n;
-    const Means<C> means{e, false, 0, 0};
-    for (int64_t c = 0; c < count; ++c) {
-      const Row<C, false> row{z + c * pitch, nullptr};
+    C* const e = g + job.width * pitch;
+    C* const out = e + together * pitch;
+    const Means<C> means{e, pitch, false, 0, 0};
+    for (int64_t c = 0; c < count; c += together) {
+      const int64_t several = least(together, count - c);
+      const Row<C, false> source{z + c * pitch, nullptr, pitch, 0};
       if constexpr (kVjp)
-        vjp(row, Row<C, false>{g + c * pitch, nullptr}, n, out, means, job.normalized);
+        vjp(source, Row<C, false>{g + c * pitch, nullptr, pitch, 0}, several, n, out, pitch, means, job.normalized);
       else
-        forward(row, n, out, means, job.normalized);
-      std::memcpy(z + c * pitch, out, size_t(job.n) * sizeof(C));
+        forward(source, several, n, out, pitch, means, job.normalized);
+      std::memcpy(z + c * pitch, out, size_t(several * pitch) * sizeof(C));
     }
     scatter(z, pitch, y, job.along.y, job.across.y, job.n, count);
   }

@@ -38,37 +38,50 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef uint32_t U __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef int32_t I __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
+  typedef float Four __attribute__((vector_size(16)));
   typedef uint32_t Word;
   typedef int32_t Count;
   static constexpr int mantissa = 23;
   static constexpr uint32_t bias = 127;
-  static constexpr float exp_lowest = -87.33f;        // below: less than the smallest normal number (D5)
-  static constexpr float ln2_high = 0.693145751953125f;  // n * ln2_high is exact
-  static constexpr float ln2_low = 1.428606765330187e-06f;
-  // exp(r) = 1 + r + r^2 q(r) for |r| <= ln2/2, relative error 1.1e-8
-  static constexpr float q[] = {0.0013926213f, 0.008363203f, 0.041666556f, 0.16666576f, 0.5f};
+  static constexpr float log2e_high = 0x1.715476p+0f, log2e_low = 0x1.4ae0cp-26f;
+  static constexpr float log2e_short = 0x1.714p+0f, log2e_rest = 0x1.47652cp-12f;
+  static constexpr uint32_t upper = 0xfffff000;  // 12 bits of a number
+  // 2^r = 1 + r q(r) for |r| <= 1/2, relative error 3.0e-9
+  static constexpr float q[] = {0.00015328523f, 0.0013390981f, 0.009618501f, 0.055503596f, 0.24022648f, 0.6931472f};
+  static constexpr float lowest = -87.45f;  // exp(lowest) is less than the smallest normal number (D5)
+  // 2^r for 0 <= r < 1, relative error 7.6e-8
+  static constexpr float power[] = {0.001875624f, 0.008994562f, 0.055821285f, 0.24015571f, 0.6931527f, 0.99999994f};
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef uint64_t U __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
   typedef int64_t I __attribute__((vector_size(SA_SOFTMAX_VECTOR)));
+  typedef double Four __attribute__((vector_size(32)));
   typedef uint64_t Word;
   typedef int64_t Count;
   static constexpr int mantissa = 52;
   static constexpr uint64_t bias = 1023;
-  static constexpr double exp_lowest = -708.39;
-  static constexpr double ln2_high = 0x1.62e42fefa3000p-1;
-  static constexpr double ln2_low = 0x1.3de6af278ece6p-42;
-  // relative error 3.3e-19
-  static constexpr double q[] = {0x1.1f731ea5352cap-29, 0x1.af4e196027428p-26, 0x1.27e4db57442fbp-22,
-                                 0x1.71de021a90822p-19, 0x1.a01a01a6dcaffp-16, 0x1.a01a01abef415p-13,
-                                 0x1.6c16c16c162ccp-10, 0x1.11111111100cep-7,  0x1.5555555555556p-5,
-                                 0x1.5555555555557p-3,  0.5};
+  static constexpr double log2e_high = 0x1.71547652b82fep+0, log2e_low = 0x1.777d0ffda0d24p-56;
+  static constexpr double log2e_short = 0x1.715476p+0, log2e_rest = 0x1.4ae0bf85ddf44p-26;
+  static constexpr uint64_t upper = 0xfffffffff8000000;  // 26 bits
+  // relative error 4.1e-18
+  static constexpr double q[] = {0x1.e825d7a566795p-32, 0x1.e6131d817425cp-28, 0x1.b525ff452f68ep-24,
+                                 0x1.62bfccf28c5d1p-20, 0x1.ffcbfbff0d465p-17, 0x1.4309130c672c5p-13,
+                                 0x1.5d87fe78b29f6p-10, 0x1.3b2ab6fba0fbcp-7,  0x1.c6b08d704a0d8p-5,
+                                 0x1.ebfbdff82c59dp-3,  0x1.62e42fefa39efp-1};
+  static constexpr double lowest = -708.45;
+  // relative error 3.4e-18
+  static constexpr double power[] = {0x1.586b6d162b7fap-31, 0x1.c2b5d2fc6fcecp-28, 0x1.b86179d5a0860p-24,
+                                     0x1.628f04d8f7ff6p-20, 0x1.ffcfcbe0f1db4p-17, 0x1.4308f9ef8c7efp-13,
+                                     0x1.5d87ff4f35e0dp-10, 0x1.3b2ab6f72514bp-7,  0x1.c6b08d7066034p-5,
+                                     0x1.ebfbdff82c028p-3,  0x1.62e42fefa39f5p-1,  1};
 };
 
 template <class C>
 using Vector = typename Simd<C>::V;
+template <class C>
+using Four = typename Simd<C>::Four;
 template <class C>
 constexpr int kLanes = SA_SOFTMAX_VECTOR / int(sizeof(C));
 template <class C>
@@ -151,53 +164,182 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::Type;
 
-// p 2^n, where n = shifted - round is whole: a normal number, or not asked for.
+// What a row's exponentials are multiples of. Softmax is the same for exp(z - s) whatever s is; with s = origin + power ln 2,
+// where z - origin is exact and `power` whole, exp(z - s) = 2^(n - power) 2^r and nothing is rounded but r:
+//     n + r = (z - origin) log2(e), n whole, |r| <= 1/2
 template <class C>
-INLINE Vector<C> scaled(Vector<C> p, [[maybe_unused]] Vector<C> n, [[maybe_unused]] Vector<C> shifted) {
+struct Shift {
+  C origin;
+  C round;   // what is added to a number to round it and to subtract `power`
+  C lowest;  // smaller z - origin have exponentials below the smallest normal number, even over their sum
+};
+template <class C>
+INLINE bool is_huge(C high) {  // it is subtracted before anything is rounded
+  return !(high >= -2048 && high <= 2048);
+}
+template <class C>
+constexpr C kRound = C(3) * C(uint64_t(1) << (Simd<C>::mantissa - 1));
+// For a row with the maximum `high`, whose exponential is between 2.8 and 5.7. Where scores are huge, those that count are
+// so near that high is subtracted exactly (Sterbenz).
+template <class C>
+INLINE Shift<C> shift(C high) {
+  using S = Simd<C>;
+  const C origin = is_huge(high) ? high : C(0);
+  const C top = high - origin;
+  return {origin, kRound<C> + 2 - ((top * S::log2e_high + kRound<C>) - kRound<C>), top + S::lowest};
+}
+// For any row whose maximum is in [kLeast, kMost], without knowing it: the exponential of the maximum is at least 2, and
+// the sum of 2^32 finite.
+template <class C>
+constexpr C kLeast = -20;
+template <class C>
+constexpr C kMost = 40;
+constexpr int kCommonPower = 30;
+template <class C>
+INLINE Shift<C> common_shift() {
+  return {0, kRound<C>, kLeast<C> + Simd<C>::lowest};
+}
+
+// x, or 0 where v is less than `lowest`; where v is NaN, x.
+template <class C>
+INLINE Vector<C> unless_below(Vector<C> v, C lowest, Vector<C> x) {
 #if defined(__AVX512F__)
   if constexpr (kSame<C, float>)
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, all(lowest), _CMP_NLT_UQ), x);
   else
-    return _mm512_scalef_pd(p, n);
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(v, all(lowest), _CMP_NLT_UQ), x);
+#else
+  return v < all(lowest) ? Vector<C>{} : x;
+#endif
+}
+// v log2(e) - n, n whole: only the difference is rounded.
+template <class C>
+INLINE Vector<C> remainder_of(Vector<C> v, Vector<C> n) {
+  using S = Simd<C>;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return v * S::log2e_low + (v * S::log2e_high - n);
+#else
+  const Vector<C> upper = as<Vector<C>>(as<typename S::U>(v) & S::upper);  // times log2e_short: exact, as the rest is
+  return ((upper * S::log2e_short - n) + (v - upper) * S::log2e_short) + v * S::log2e_rest;
+#endif
+}
+// exp(z - s) of `shift`, where v = z - origin, within 2 ULP. -inf gives 0, NaN NaN. kCommon: of common_shift, whose power
+// is a factor of the polynomial, or of what multiplies it.
+template <class C, bool kCommon = false>
+INLINE Vector<C> exp_shifted(Vector<C> v, const Shift<C>& shift) {
+  using S = Simd<C>;
+  const Vector<C> shifted = v * S::log2e_high + shift.round;
+  const Vector<C> n = shifted - shift.round;
+  const Vector<C> r = remainder_of<C>(v, n);
+#if defined(__AVX512F__)
+  constexpr C factor = kCommon ? C(1 << kCommonPower) : C(1);
+#else
+  constexpr C factor = 1;
+#endif
+  Vector<C> p = all(S::q[0] * factor);
+  for (unsigned i = 1; i < sizeof S::q / sizeof(C); ++i) p = p * r + S::q[i] * factor;
+  p = p * r + factor;
+#if defined(__AVX512F__)
+  const Vector<C> power = kCommon ? n : shifted - kRound<C>;
+  if constexpr (kSame<C, float>)
+    p = _mm512_scalef_ps(p, power);
+  else
+    p = _mm512_scalef_pd(p, power);
+#else
+  using U = typename S::U;
+  constexpr typename S::Word bias = S::bias + (kCommon ? kCommonPower : 0);
+  p *= as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (bias << S::mantissa)));
+#endif
+  return unless_below(v, shift.lowest, p);
+}
+
+template <class C>
+constexpr C kLowestPower = 1 - C(Simd<C>::bias);
+// 2^v for v <= 0, by the polynomial `power` of v - floor(v); 0 where that is not a normal number.
+template <class C, unsigned kTerms>
+INLINE Vector<C> power_of_2(Vector<C> v, const C (&power)[kTerms]) {
+#if defined(__AVX512DQ__)
+  Vector<C> r;
+  if constexpr (kSame<C, float>)
+    r = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  else
+    r = _mm512_reduce_pd(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  const Vector<C> shifted = (v - C(0.5)) + kRound<C>;
+  const Vector<C> r = v - (shifted - kRound<C>);
+#endif
+  Vector<C> p = all(power[0]);
+  for (unsigned i = 1; i < kTerms; ++i) p = p * r + power[i];
+#if defined(__AVX512DQ__)
+  if constexpr (kSame<C, float>)
+    p = _mm512_scalef_ps(p, v);
+  else
+    p = _mm512_scalef_pd(p, v);
 #else
   using S = Simd<C>;
   using U = typename S::U;
-  return p * as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa)));
+  p *= as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa)));
 #endif
+  return unless_below(v, kLowestPower<C>, p);
 }
 
-// exp(z - m) for z <= m, within 2 ULP however large z and m are: the rounding error of the difference is known exactly
-// and enters as a factor. -inf gives 0, NaN NaN. Not kExact: the difference as it is rounded.
-template <class C, bool kExact = true>
-INLINE Vector<C> exp_difference(Vector<C> z, Vector<C> m) {
-  using S = Simd<C>;
-  const Vector<C> s = z - m;
-  const Vector<C> b = s - z;
-  const Vector<C> error = (z - (s - b)) - (m + b);
-  const Vector<C> round = all(C(3) * C(uint64_t(1) << (S::mantissa - 1)));
-  const Vector<C> shifted = s * C(1.44269504088896340736) + round;
-  const Vector<C> n = shifted - round;
-  const Vector<C> r = (s - n * S::ln2_high) - n * S::ln2_low;
-  Vector<C> q = all(S::q[0]);
-  for (unsigned i = 1; i < sizeof S::q / sizeof(C); ++i) q = q * r + S::q[i];
-  const Vector<C> p = (r * r) * q + r;
-  const Vector<C> e = scaled<C>(p + 1, n, shifted);
-  return s < all(S::exp_lowest) ? Vector<C>{} : kExact ? e * error + e : e;
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto plus = [](auto a, auto b) { return a + b; };
+template <class V, class F>
+INLINE V combine(const V (&v)[4], F f) {
+  return f(f(v[0], v[1]), f(v[2], v[3]));
 }
 
 // One number out of a vector, halving: f combines two vectors or two numbers.
 template <class C, class V, class F>
-INLINE C halve(const V& v, F f) {
+INLINE auto fold(const V& v, F f) {  // to 16 bytes
   if constexpr (sizeof v > 16) {
     typedef C Part __attribute__((vector_size(sizeof v / 2)));
     Part parts[2];
     std::memcpy(parts, &v, sizeof v);
-    return halve<C>(f(parts[0], parts[1]), f);
-  } else if constexpr (sizeof v / sizeof(C) == 4) {
-    return f(f(C(v[0]), C(v[2])), f(C(v[1]), C(v[3])));
+    return fold<C>(f(parts[0], parts[1]), f);
   } else {
-    return f(C(v[0]), C(v[1]));
+    return v;
   }
+}
+template <class C, class V, class F>
+INLINE C halve(const V& v, F f) {
+  const auto part = fold<C>(v, f);
+  if constexpr (sizeof part / sizeof(C) == 4)
+    return f(f(C(part[0]), C(part[2])), f(C(part[1]), C(part[3])));
+  else
+    return f(C(part[0]), C(part[1]));
+}
+// One number out of each of four vectors: on the way the four share vectors.
+template <class C, class V, class F>
+INLINE auto halve_four(const V (&v)[4], F f) {
+  typedef C Out __attribute__((vector_size(4 * sizeof(C))));
+  Out out;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) {
+    const auto two = [&](V a, V b) {
+      const __m512 x = as<__m512>(a), y = as<__m512>(b);
+      return f(as<V>(_mm512_unpacklo_ps(x, y)), as<V>(_mm512_unpackhi_ps(x, y)));
+    };
+    const __m512d ab = as<__m512d>(two(v[0], v[1])), cd = as<__m512d>(two(v[2], v[3]));
+    const auto part = fold<C>(f(as<V>(_mm512_unpacklo_pd(ab, cd)), as<V>(_mm512_unpackhi_pd(ab, cd))), f);
+    std::memcpy(&out, &part, sizeof out);
+    return out;
+  } else {
+    const auto two = [&](V a, V b) {
+      const __m512d x = as<__m512d>(a), y = as<__m512d>(b);
+      return fold<C>(f(as<V>(_mm512_unpacklo_pd(x, y)), as<V>(_mm512_unpackhi_pd(x, y))), f);
+    };
+    const auto ab = two(v[0], v[1]), cd = two(v[2], v[3]);
+    std::memcpy(&out, &ab, sizeof ab);
+    std::memcpy(reinterpret_cast<char*>(&out) + sizeof ab, &cd, sizeof cd);
+    return out;
+  }
+#else
+  for (int c = 0; c < 4; ++c) out[c] = halve<C>(v[c], f);
+  return out;
+#endif
 }
 template <class C, class V, class F>
 INLINE C reduce(const V (&v)[4], F f) {
