@@ -28,7 +28,8 @@ def inputs(shape: AttentionShape, dtype: torch.dtype, device: str) -> tuple[Tens
 
 def attention(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
     """Both variants, full and causal: forward, and forward with backward in float32 (CPU) or bfloat16 (CUDA); forward
-    in bfloat16."""
+    in bfloat16. Beside full forward, one matrix product of as many operations: what is left of the peer's time when
+    all else costs nothing."""
     for shape in ATTENTION:
         for is_causal in (False, True):
             for dtype, backward in (
@@ -53,6 +54,14 @@ def _figures(
             q, k, v, variant=variant, is_causal=is_causal
         )
 
+    ceilings = []
+    if not is_causal and not backward:
+        batch, heads, length, dimension = shape.qkv
+        n = round((2 * batch * heads * length**2 * dimension) ** (1 / 3))  # 4 B H T^2 D = 2 n^3 operations
+        a, b, out = (torch.rand(n, n, device=device).to(dtype) for _ in range(3))
+        ceilings.append("one matmul")
+        candidates["one matmul"] = lambda *_: torch.matmul(a, b, out=out)
+
     def call(attend: Attend) -> Callable[[], object]:
         if backward:
             return lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), do)
@@ -67,5 +76,5 @@ def _figures(
             wall if device == "cpu" else cuda,
             progress(f"attention {shape}, {label}"),
         )
-    for variant in VARIANTS:
-        yield Figure.of("attention", variant, str(shape), peer, times, label)
+    for name in (*VARIANTS, *ceilings):
+        yield Figure.of("attention", name, str(shape), peer, times, label)
