@@ -106,11 +106,12 @@ def _plain_keys() -> frozenset[int]:
 _PLAIN = _plain_keys()
 # By names of their own: to look one up takes as long as to call it.
 _dispatch_keys = torch._C._dispatch_keys
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transformation = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
-_QUESTIONS = (_dispatch_modes, _function_modes, _transformation, _tracing_state)
+_QUESTIONS = (  # all say no, 0 or None, where nothing follows a tensor
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+)
 
 
 def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
@@ -123,13 +124,7 @@ def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., An
             _dispatch_keys(each).raw_repr() in _PLAIN and not (each.requires_grad and torch.is_grad_enabled())
         ):
             return None
-    if (
-        _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transformation() is not None
-        or _tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if any(follows() for follows in _QUESTIONS) or forward_ad._current_level >= 0:
         return None
     return _FUNCTIONS[operator]
 

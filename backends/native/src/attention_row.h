@@ -41,6 +41,7 @@ __attribute__((noinline)) C least_finite(const C* z, int64_t n) {
   look<true>(z, n, low, high);
   return halve<C>(combine(low, smaller), smaller);
 }
+
 // Two vectors in a row.
 template <class C>
 INLINE void store_two(C* y, Vector<C> first, Vector<C> second) {
@@ -61,8 +62,7 @@ constexpr float kShortPower[] = {0.07801287f, 0.22608502f, 0.6958267f, 0.9999257
 // The weights of a row of scores, which are scale z: y = (scale z - lo) exp(scale (z - high)), and `inverse` times their sum
 // is the inverse of what is left to divide by. A row's scores are rounded themselves, so the exact difference is not worth
 // its time: the exponential is 2^(z in_powers - top), which is so near 1 at z = high as top is small; where it is not, high
-// is subtracted first.
-// V is C, for one row, or Four<C>.
+// is subtracted first. V is C, for one row, or Four<C>.
 template <class V>
 struct Weights {
   V in_powers, top, high, unit, in_units, lo, inverse;
@@ -120,9 +120,10 @@ INLINE void weights_rows(const C* const (&z)[4], const int64_t (&n)[4], int64_t 
   }
   const Weights<Four<C>> by = weights_of(rows, longest, normalized, scale);
   for (int64_t c = 0; c < count; ++c) {
-    const Weights<C> row{by.in_powers[c], by.top[c],      by.high[c], by.unit[c],
-                         by.in_units[c],  by.lo[c], by.inverse[c]};
-    const C sum_of_e = (is_huge(row.high * scale) ? sum_of_weights<true, C, Y> : sum_of_weights<false, C, Y>)(z[c], n[c], scale, y[c], row);
+    const Weights<C> row{by.in_powers[c], by.top[c], by.high[c],   by.unit[c],
+                         by.in_units[c],  by.lo[c],  by.inverse[c]};
+    const auto run = is_huge(row.high * scale) ? sum_of_weights<true, C, Y> : sum_of_weights<false, C, Y>;
+    const C sum_of_e = run(z[c], n[c], scale, y[c], row);
     inverse[c] = sum_of_e == 0 ? C(0) : row.inverse * (1 / sum_of_e);
   }
 }

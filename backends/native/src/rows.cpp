@@ -121,8 +121,8 @@ INLINE void vectors(int64_t i, int64_t n, const F& f) {
   const I fresh = lane >= typename Simd<C>::Count(kStep - (n - i));
   f(n - kStep, 0, &fresh);
 }
-// The same for a whole row, by segments: after each, end() adds up what the accumulators hold, so that rounding errors grow
-// with the square root of a row's length only.
+// The same for a whole row, by segments: after each, end() adds up what the accumulators hold, so that rounding errors
+// hardly grow with a row's length.
 template <class C, int kWays, class F, class E>
 INLINE void segments(int64_t n, const F& f, const E& end) {
   constexpr int64_t kSegment = 4096;
@@ -275,8 +275,8 @@ __attribute__((noinline)) typename R::C exponentials(const R& z, int64_t n, cons
 }
 // y = (unit z - lo) e scale
 template <bool kWhole, class R, class Y>
-INLINE void weigh(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, typename R::C unit,
-                                     typename R::C lo, typename R::C scale) {
+INLINE void weigh(const R& z, int64_t n, Y* y, const Means<typename R::C>& means, typename R::C unit, typename R::C lo,
+                  typename R::C scale) {
   using C = typename R::C;
   const Vector<C> units = all(unit), los = all(lo), scales = all(scale);
   write_row(y, n, means.streams, [&](int64_t i) {

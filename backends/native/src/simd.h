@@ -223,6 +223,22 @@ INLINE Vector<C> remainder_of(Vector<C> v, Vector<C> n) {
   return ((upper * S::log2e_short - n) + (v - upper) * S::log2e_short) + v * S::log2e_rest;
 #endif
 }
+// p 2^n for the whole number n = floor(power) or, without an instruction for that, n = shifted - kRound + extra.
+template <class C>
+INLINE Vector<C> scaled(Vector<C> p, [[maybe_unused]] Vector<C> power, [[maybe_unused]] Vector<C> shifted,
+                        [[maybe_unused]] int extra) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<C, float>)
+    return _mm512_scalef_ps(p, power);
+  else
+    return _mm512_scalef_pd(p, power);
+#else
+  using S = Simd<C>;
+  using U = typename S::U;
+  const typename S::Word bias = S::bias + typename S::Word(extra);
+  return p * as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (bias << S::mantissa)));
+#endif
+}
 // exp(z - s) of `shift`, where v = z - origin, within 2 ULP. -inf gives 0, NaN NaN. kCommon: of common_shift, whose power
 // is a factor of the polynomial, or of what multiplies it.
 template <class C, bool kCommon = false>
@@ -239,17 +255,7 @@ INLINE Vector<C> exp_shifted(Vector<C> v, const Shift<C>& shift) {
   Vector<C> p = all(S::q[0] * factor);
   for (unsigned i = 1; i < sizeof S::q / sizeof(C); ++i) p = p * r + S::q[i] * factor;
   p = p * r + factor;
-#if defined(__AVX512F__)
-  const Vector<C> power = kCommon ? n : shifted - kRound<C>;
-  if constexpr (kSame<C, float>)
-    p = _mm512_scalef_ps(p, power);
-  else
-    p = _mm512_scalef_pd(p, power);
-#else
-  using U = typename S::U;
-  constexpr typename S::Word bias = S::bias + (kCommon ? kCommonPower : 0);
-  p *= as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (bias << S::mantissa)));
-#endif
+  p = scaled<C>(p, kCommon ? n : shifted - kRound<C>, shifted, kCommon ? kCommonPower : 0);
   return unless_below(v, shift.lowest, p);
 }
 
@@ -259,6 +265,7 @@ constexpr C kLowestPower = 1 - C(Simd<C>::bias);
 template <class C, unsigned kTerms>
 INLINE Vector<C> power_of_2(Vector<C> v, const C (&power)[kTerms]) {
 #if defined(__AVX512DQ__)
+  const Vector<C> shifted = v;  // not read
   Vector<C> r;
   if constexpr (kSame<C, float>)
     r = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -270,17 +277,7 @@ INLINE Vector<C> power_of_2(Vector<C> v, const C (&power)[kTerms]) {
 #endif
   Vector<C> p = all(power[0]);
   for (unsigned i = 1; i < kTerms; ++i) p = p * r + power[i];
-#if defined(__AVX512DQ__)
-  if constexpr (kSame<C, float>)
-    p = _mm512_scalef_ps(p, v);
-  else
-    p = _mm512_scalef_pd(p, v);
-#else
-  using S = Simd<C>;
-  using U = typename S::U;
-  p *= as<Vector<C>>((as<U>(shifted) << S::mantissa) + (U{} + (S::bias << S::mantissa)));
-#endif
-  return unless_below(v, kLowestPower<C>, p);
+  return unless_below(v, kLowestPower<C>, scaled<C>(p, v, shifted, 0));
 }
 
 constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
