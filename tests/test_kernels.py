@@ -277,11 +277,22 @@ def test_the_shortest_way_is_taken_by_contiguous_plain_tensors_alone(variant: st
         return sa_softmax(x, variant=variant, where=torch.ones((), dtype=torch.bool))
 
     x = torch.randn(3, 40)
-    for like in (x, x.double(), x.half(), x.bfloat16(), x[0], x[:, None], x[:0]):
+    for like in (x, x.double(), x.half(), x.bfloat16(), x[0], x[:, None], x.as_strided((3, 1), (1, 7))):
         torch.testing.assert_close(short(like), general(like), rtol=0, atol=0)
     negated, leaf = torch.complex(x, -x).conj().imag, x.clone().requires_grad_()
     others = x.T, x[:, ::2], negated, leaf, torch.nn.Parameter(x), x.long(), x.sum(), x.to("meta"), x.numpy(), None
     assert [short(other) for other in others] == [None] * len(others)
+    strange = (  # to DLPack some of them are like any other tensor
+        torch._neg_view(x),
+        torch._efficientzerotensor((3, 40)),
+        torch._to_functional_tensor(x),
+        x.to_sparse(),
+        x.to_mkldnn(),
+        x.to(torch.float8_e4m3fn),
+        x.to(torch.complex64),
+        x[:0],
+    )
+    assert [short(other) for other in strange] == [None] * len(strange)
     assert short(x, "Normalized") is None
     assert short(x, None) is None
     with torch.no_grad():

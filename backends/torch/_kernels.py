@@ -67,8 +67,7 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
             _FUNCTIONS[operator] = getattr(kernels, operator)
     if device == "cpu":
         global short_row
-        followed = _dispatch_keys, _PLAIN, _QUESTIONS, torch.is_grad_enabled, forward_ad
-        short_row = kernels.short_row(*followed) if hasattr(kernels, "short_row") else None
+        short_row = kernels.short_row(_QUESTIONS, torch.is_grad_enabled, forward_ad) if hasattr(kernels, "short_row") else None
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
     if kernels.READS_OUTPUT:
@@ -110,7 +109,7 @@ _QUESTIONS = (  # all say no, 0 or None, where nothing follows a tensor
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
     torch._C._functorch.peek_interpreter_stack,
-    torch._C._get_tracing_state,
+    torch._C._is_tracing,
 )
 
 

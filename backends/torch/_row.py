@@ -22,7 +22,9 @@ _LAST = -1  # compared by identity: -1.0 equals it, and is no axis
 def short(x: Tensor, axis: int, variant: str) -> Tensor | None:
     """The result where nothing is to be checked or differentiated: a short row computes faster than that is done."""
     kernel = _kernels.short_row
-    return None if kernel is None or axis is not _LAST or torch.compiler.is_compiling() else kernel(variant, x)
+    if kernel is None or axis is not _LAST or torch.compiler.is_dynamo_compiling():  # other tracers it meets by itself
+        return None
+    return kernel(variant, x)
 
 
 def sa_softmax(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:

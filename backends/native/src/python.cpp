@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "dlpack_abi.h"
 #include "sa_softmax/c_api.h"
 
 namespace {
@@ -112,88 +113,93 @@ int is_true(const Owned& object) { return object ? PyObject_IsTrue(object) : -1;
 // Names, made once.
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
-// What PyTorch is asked of a tensor before its memory is handed to a kernel: see rows_of_tensor in `methods`.
-enum How { tensor, keys_of, plain_keys, questions, grad_enabled, forward_ad, dtypes, variants, threads, empty_like, how_many };
+// What PyTorch is asked before the memory of a tensor is handed to a kernel: see rows_of_tensor in `methods`.
+enum How { tensor, exchange, questions, grad_enabled, forward_ad, variants, threads, empty_like, how_many };
 
 // 1 if nothing follows x and it is what it seems to be, 0, or -1 with an exception set.
 int is_plain(PyObject* const* how, PyObject* x) {
-  static PyObject* const raw_repr = name("raw_repr");
   static PyObject* const requires_grad = name("requires_grad");
+  static PyObject* const is_neg = name("is_neg");
   static PyObject* const current_level = name("_current_level");
-  const Owned keys(call(how[keys_of], x));
-  if (!keys) return -1;
-  const Owned bits(PyObject_CallMethodObjArgs(keys, raw_repr, nullptr));
-  if (!bits) return -1;
-  if (const int known = PySet_Contains(how[plain_keys], bits); known <= 0) return known;
-  if (const int needs = is_true(Owned(PyObject_GetAttr(x, requires_grad))); needs != 0) {
-    if (needs < 0) return -1;
-    if (const int recorded = is_true(Owned(call(how[grad_enabled]))); recorded != 0) return recorded < 0 ? -1 : 0;
-  }
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != how[tensor]) return 0;
   const Py_ssize_t count = PyTuple_Size(how[questions]);
   for (Py_ssize_t i = 0; i < count; ++i)
-    if (const int yes = is_true(Owned(call(PyTuple_GetItem(how[questions], i)))); yes != 0) return yes < 0 ? -1 : 0;
+    if (const int yes = is_true(Owned(PyObject_CallNoArgs(PyTuple_GetItem(how[questions], i)))); yes != 0)
+      return yes < 0 ? -1 : 0;
   const Owned level(PyObject_GetAttr(how[forward_ad], current_level));
   if (!level) return -1;
   const long number = PyLong_AsLong(level);
   if (PyErr_Occurred()) return -1;
-  return number < 0;
+  if (number >= 0) return 0;
+  if (const int needs = is_true(Owned(PyObject_GetAttr(x, requires_grad))); needs != 0) {
+    if (needs < 0) return -1;
+    if (const int recorded = is_true(Owned(PyObject_CallNoArgs(how[grad_enabled]))); recorded != 0)
+      return recorded < 0 ? -1 : 0;
+  }
+  const int negated = is_true(Owned(PyObject_CallMethodObjArgs(x, is_neg, nullptr)));  // its memory holds -x
+  return negated < 0 ? -1 : !negated;
+}
+
+// The number of a dtype that has kernels, or -1.
+int kernel_dtype(const dlpack::Dtype& dtype) {
+  if (dtype.lanes != 1) return -1;
+  if (dtype.code == dlpack::bfloat) return dtype.bits == 16 ? SA_SOFTMAX_BFLOAT16 : -1;
+  if (dtype.code != dlpack::ieee) return -1;
+  return dtype.bits == 16 ? SA_SOFTMAX_FLOAT16 : dtype.bits == 32 ? SA_SOFTMAX_FLOAT32 : dtype.bits == 64 ? SA_SOFTMAX_FLOAT64 : -1;
+}
+
+bool is_contiguous(const dlpack::Tensor& x) {
+  int64_t step = 1;
+  for (int32_t i = x.rank; i-- > 0; step *= x.shape[i])
+    if (x.shape[i] != 1 && x.strides[i] != step) return false;
+  return true;
 }
 
 PyObject* rows_of_tensor(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  static PyObject* const dtype = name("dtype");
-  static PyObject* const shape = name("shape");
-  static PyObject* const is_contiguous = name("is_contiguous");
-  static PyObject* const data_ptr = name("data_ptr");
   if (count != 3 || !PyTuple_Check(arguments[0]) || PyTuple_Size(arguments[0]) != how_many) {
     PyErr_SetString(PyExc_TypeError, "must be called with what to ask, a variant and a tensor");
     return nullptr;
   }
   PyObject* how[how_many];
   for (int i = 0; i < how_many; ++i) how[i] = PyTuple_GetItem(arguments[0], i);
-  PyObject* const variant = arguments[1];
   PyObject* const x = arguments[2];
-  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != how[tensor] || !PyUnicode_CheckExact(variant)) Py_RETURN_NONE;
+  const auto* const api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(how[exchange], "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
   if (const int plain = is_plain(how, x); plain <= 0) {
     if (plain < 0) return nullptr;
     Py_RETURN_NONE;
   }
-  const Owned type(PyObject_GetAttr(x, dtype));
-  if (!type) return nullptr;
-  PyObject* const dtype_number = PyDict_GetItemWithError(how[dtypes], type);  // borrowed, as the next
-  PyObject* const variant_number = dtype_number ? PyDict_GetItemWithError(how[variants], variant) : nullptr;
-  if (variant_number == nullptr) {
+  if (!PyUnicode_CheckExact(arguments[1])) Py_RETURN_NONE;
+  PyObject* const variant = PyDict_GetItemWithError(how[variants], arguments[1]);  // borrowed
+  if (variant == nullptr) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
-  const Owned lengths(PyObject_GetAttr(x, shape));
-  if (!lengths) return nullptr;
-  const Py_ssize_t rank = PyTuple_Size(lengths);
-  if (rank <= 0) {
-    if (rank < 0) return nullptr;
+  dlpack::Tensor from;
+  if (api->look(x, &from) != 0) {  // of a layout, a device or a dtype that has no place in DLPack
+    PyErr_Clear();
     Py_RETURN_NONE;
   }
-  int64_t rows = 1, n = 1;
-  for (Py_ssize_t i = 0; i < rank; ++i) {
-    rows *= i > 0 ? n : 1;
-    n = PyLong_AsLongLong(PyTuple_GetItem(lengths, i));
-  }
-  if (PyErr_Occurred()) return nullptr;
-  if (const int lies_well = is_true(Owned(PyObject_CallMethodObjArgs(x, is_contiguous, nullptr))); lies_well <= 0) {
-    if (lies_well < 0) return nullptr;
-    Py_RETURN_NONE;
-  }
-  const Owned many(call(how[threads]));
-  if (!many) return nullptr;
+  const int dtype = kernel_dtype(from.dtype);
+  if (from.device_type != dlpack::cpu || dtype < 0 || from.rank == 0 || !is_contiguous(from)) Py_RETURN_NONE;
+  int64_t rows = 1;
+  for (int32_t i = 0; i < from.rank - 1; ++i) rows *= from.shape[i];
+  const int64_t n = from.shape[from.rank - 1];
+  if (from.data == nullptr || rows * n == 0) Py_RETURN_NONE;  // zeros that take no memory, the functionalized, the empty
+  const Owned many(PyObject_CallNoArgs(how[threads]));
   Owned y(call(how[empty_like], x));
-  if (!y || rows * n == 0) return y.release();
-  const Owned from(PyObject_CallMethodObjArgs(x, data_ptr, nullptr));
-  const Owned to(PyObject_CallMethodObjArgs(y, data_ptr, nullptr));
-  if (!from || !to) return nullptr;
-  const Options o{int(PyLong_AsLong(dtype_number)), int(PyLong_AsLong(variant_number)), int(PyLong_AsLong(many))};
-  const void* const x_data = PyLong_AsVoidPtr(from);
-  void* const y_data = PyLong_AsVoidPtr(to);
-  if (PyErr_Occurred() || !run(o, rows, n, x_data, y_data)) return nullptr;
+  dlpack::Tensor to;
+  if (!many || !y || api->look(y, &to) != 0) return nullptr;
+  const Options o{dtype, int(PyLong_AsLong(variant)), int(PyLong_AsLong(many))};
+  if (PyErr_Occurred() || !run(o, rows, n, from.data, to.data)) return nullptr;
   return y.release();
+}
+
+// What is said of DLPack in `methods`: the functions of type's capsule are those declared here.
+PyObject* speaks_dlpack(PyObject*, PyObject* capsule) {
+  const auto* const api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
+  return PyBool_FromLong(api->major == 1 && api->look != nullptr);
 }
 
 template <class F>
@@ -209,11 +215,13 @@ PyMethodDef methods[] = {
      "rows_at(dtype, variant, threads, size, n, x, y): the same for contiguous memory at the addresses x and y, of `size`\n"
      "entries in rows of length n."},
     {"rows_of_tensor", fast(rows_of_tensor), METH_FASTCALL,
-     "rows_of_tensor(how, variant, x): the row operation of a tensor of PyTorch along its last axis, or None if x is not\n"
-     "contiguous, or anything follows it: a derivative, a transformation, a tracer; or if the variant is unknown. `how` is\n"
-     "what to ask: the type of tensors; the function of their dispatch keys; the keys that are plain; functions that all\n"
-     "answer no; whether gradients are recorded; the module of forward mode; the numbers of dtypes and of variants; how\n"
-     "many threads; empty_like."},
+     "rows_of_tensor(how, variant, x): the row operation of a tensor of PyTorch along its last axis, or None if that is not\n"
+     "for a kernel to compute: x is not contiguous, empty, of another kind, dtype or device; or the variant is unknown; or\n"
+     "anything follows x: a derivative, a transformation, a tracer. `how` is what to ask: the type of tensors; the capsule\n"
+     "of its functions for DLPack; functions that all answer no; whether gradients are recorded; the module of forward\n"
+     "mode; the numbers of variants; how many threads; empty_like."},
+    {"speaks_dlpack", speaks_dlpack, METH_O,
+     "speaks_dlpack(capsule) -> bool: whether rows_of_tensor can call the functions of this capsule."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_rows", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
