@@ -51,9 +51,10 @@ INLINE void add_product(Vector<C>& sum, Vector<C> a, Vector<C> b) {
 #endif
   sum += a * b;
 }
+// A function, not part of the loop over tiles: what compilers keep of that loop takes registers from the sums.
 template <class C, Product kProduct, int R, int U>
-INLINE void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch,
-                          int64_t depth, bool add, C factor) {
+__attribute__((noinline)) void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
+                                             int64_t c_pitch, int64_t depth, bool add, C factor) {
   Vector<C> sums[R][U];
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < U; ++u) sums[r][u] = add ? load(c + r * c_pitch + u * kLanes<C>) : Vector<C>{};
@@ -470,10 +471,10 @@ struct Block {
     std::memset(output, 0, size_t(count * job.dv_pitch) * sizeof(C));
     // Whole panels of keys: the others have no weight.
     const Range pairs{keys.begin / kPad * kPad / 2, padded(keys.end) / 2};
-    for (int64_t d = 0; d < job.dv; d += kColumns<C>) {
-      const int64_t width = least(kColumns<C>, job.dv - d);
-      for (int64_t j = pairs.begin; j < pairs.end; j += kDepth) {
-        const Range chunk{j, least(j + kDepth, pairs.end)};
+    for (int64_t j = pairs.begin; j < pairs.end; j += kPairsAtOnce) {
+      const Range chunk{j, least(j + kPairsAtOnce, pairs.end)};
+      for (int64_t d = 0; d < job.dv; d += kColumns<C>) {
+        const int64_t width = least(kColumns<C>, job.dv - d);
         const C* b = scratch + job.at.rows + j * job.dv_pitch + d;
         if (careful) {
           C* const panel = scratch + job.at.panel;
@@ -497,10 +498,10 @@ struct Block {
   void multiply_scores(const Matrix<T>& m, int64_t n, int64_t n_pitch, bool careful) const {
     for (int64_t r = 0; r < count; ++r) std::memset(output + r * n_pitch, 0, size_t(n_pitch) * sizeof(C));
     const bool direct = head.direct(m, n);
-    for (int64_t d = 0; d < n; d += kColumns<C>) {
-      const int64_t width = least(kColumns<C>, n - d);
-      for (int64_t j = keys.begin; j < keys.end; j += kDepth) {
-        const Range chunk{j, least(j + kDepth, keys.end)};
+    for (int64_t j = keys.begin; j < keys.end; j += kKeysAtOnce) {
+      const Range chunk{j, least(j + kKeysAtOnce, keys.end)};
+      for (int64_t d = 0; d < n; d += kColumns<C>) {
+        const int64_t width = least(kColumns<C>, n - d);
         const C* b;
         int64_t b_pitch;
         if (careful) {
@@ -652,9 +653,11 @@ INLINE AttentionStrides head_offsets(const AttentionJob& job, int64_t head) {
   return at;
 }
 
+// The blocks of a unit. The first has its head's last rows: if attention is causal, they take longest, and what threads do
+// last should be short.
 template <bool kTiles, class T, class F>
-INLINE void each_block(const AttentionJob& job, Head<T>& head, int64_t part, F&& f) {
-  const int64_t blocks = job.blocks(), rows = job.group * job.tq;
+INLINE void each_block(const AttentionJob& job, Head<T>& head, int64_t unit, F&& f) {
+  const int64_t blocks = job.blocks(), rows = job.group * job.tq, part = job.parts - 1 - unit % job.parts;
   for (int64_t i = blocks * part / job.parts; i < blocks * (part + 1) / job.parts; ++i) {
     Block<T, kTiles> block{job, head, i * job.block, least(job.block, rows - i * job.block)};
     f(block);
@@ -667,7 +670,7 @@ void forward(const AttentionJob& job, int64_t begin, int64_t end, void* scratch)
   Head<T> head{job, static_cast<Compute<T>*>(scratch), {}};
   for (int64_t unit = begin; unit < end; ++unit) {
     if (unit == begin || unit % job.parts == 0) head.open(head_offsets(job, unit / job.parts));
-    each_block<kTiles>(job, head, unit % job.parts, [](auto& block) { block.forward(); });
+    each_block<kTiles>(job, head, unit, [](auto& block) { block.forward(); });
   }
 }
 template <class T>
@@ -701,7 +704,7 @@ void vjp(const AttentionJob& job, int64_t begin, int64_t end, void* scratch) {
     C* const k_grad = job.partial ? static_cast<C*>(job.partial) + unit * (k_size + v_size) : head.scratch + job.at.k_grad;
     C* const v_grad = k_grad + k_size;
     std::memset(k_grad, 0, size_t(k_size + v_size) * sizeof(C));
-    each_block<false>(job, head, unit % job.parts, [&](auto& block) { block.vjp(k_grad, v_grad); });
+    each_block<false>(job, head, unit, [&](auto& block) { block.vjp(k_grad, v_grad); });
     if (job.partial == nullptr) store_gradients<T>(job, head.base, k_grad, v_grad);
   }
 }

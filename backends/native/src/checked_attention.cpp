@@ -160,27 +160,23 @@ struct Problem {
     job.to = options.is_causal ? shift(options.q_offset) : job.tk;
     job.scale = options.scale ? *options.scale : 1 / std::sqrt(double(job.d));
     job.normalized = options.variant == Variant::normalized;
-    job.pitch = padded(job.tk) + kPad / 4;  // not a power of two: rows must not share the sets of a cache
-    const auto vectors = [](int64_t n) { return (n + 15) / 16 * 16; };
-    job.d_pitch = vectors(job.d);
-    job.dv_pitch = vectors(job.dv);
+    // Not multiples of a large power of two: rows must not share the sets of a cache.
+    job.pitch = padded(job.tk) + kPad / 4;
+    const auto pitch = [](int64_t n) { return (n + 15) / 16 * 16 + (n % 128 == 0 ? 16 : 0); };
+    job.d_pitch = pitch(job.d);
+    job.dv_pitch = pitch(job.dv);
     empty = count(q) == 0 && count(shape) == 0;
     empty = empty || job.batches * job.heads * job.group * job.tq * job.tk == 0;
   }
 
-  // As many rows as `cached` scores are, but multiples of the smallest block.
-  void choose_block(int64_t cached, int64_t smallest) {
-    const int64_t rows = job.group * job.tq, fitting = cached / job.pitch / smallest * smallest;
+  // As many rows as `bytes` of scores are, but multiples of the smallest block.
+  void choose_block(DType dtype, int64_t bytes, int64_t smallest) {
+    const int64_t rows = job.group * job.tq;
+    const int64_t fitting = bytes / (job.pitch * int64_t(compute_size(dtype))) / smallest * smallest;
     job.block = std::min({rows, kMostRows, std::max(smallest, fitting)});
   }
   double work() const {  // in entries of a row operation
     return double(job.batches * job.heads * job.group * job.tq) * double(job.tk) * double(job.d + job.dv + 8) / 16;
-  }
-
-  // Those that take half of the cache.
-  static int64_t cached_scores() {
-    static const int64_t scores = cache_of_core() / 2 / int64_t(sizeof(float));
-    return scores;
   }
 };
 
@@ -204,7 +200,12 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   job.pairs = options.dtype == DType::bfloat16 ? kernels().pairs : Pairs::none;
   const bool tiles = job.pairs == Pairs::tiles;
   job.words = tiles ? (job.d + 2 * kTile - 1) / (2 * kTile) * kTile : (job.d + 1) / 2;
-  problem.choose_block(Problem::cached_scores(), tiles ? kTileRows : kSmallestBlock);
+  // Scores share the second cache with keys and values that fit into half of it; others stream past, the less often the
+  // more rows a block has.
+  static const int64_t cache = cache_of_core();
+  const int64_t entries = job.pairs == Pairs::none ? job.d + job.dv_pitch : job.words + job.dv_pitch / 2;
+  const int64_t read = padded(job.tk) * entries * int64_t(compute_size(options.dtype));
+  problem.choose_block(options.dtype, read <= cache / 2 ? cache / 2 : cache / 5 * 4, tiles ? kTileRows : kSmallestBlock);
   const int64_t rows = tiles ? (job.block + kTileRows - 1) / kTileRows * kTileRows : job.block;
   const int64_t heads = job.batches * job.heads;
   job.parts = std::max<int64_t>(1, std::min((kUnits + heads - 1) / heads, job.group * job.tq / kForwardPart));
@@ -214,7 +215,7 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   layout.add(job.at.queries, rows * job.d_pitch);
   layout.add(job.at.output, rows * job.dv_pitch);
   layout.add(job.at.poisoned, rows * job.dv_pitch);
-  layout.add(job.at.panel, kDepth * kPanel);
+  layout.add(job.at.panel, kPairsAtOnce * kPanel);
   layout.add(job.at.keys, padded(job.tk) * std::max(job.d, job.words));
   layout.add(job.at.rows, padded(job.tk) * job.dv_pitch);
   const auto run = kernels().attention.forward[int(options.dtype)];
@@ -232,7 +233,8 @@ void attention_vjp(const AttentionOptions& options, const Array& q, const Array&
       if (a != nullptr) fill_zero(options.dtype, *a);
     return;
   }
-  problem.choose_block(Problem::cached_scores() * (job.d + job.dv) / 64, kSmallestBlock);
+  static const int64_t cache = cache_of_core();
+  problem.choose_block(options.dtype, cache / 128 * (job.d + job.dv), kSmallestBlock);
   const int64_t heads = job.batches * job.heads, size = padded(job.tk) * (job.d_pitch + job.dv_pitch);
   job.parts = std::max<int64_t>(
       1, std::min({(kUnits / 2 + heads - 1) / heads, job.group * job.tq / kVjpPart, kPartial / (heads * size)}));
@@ -243,7 +245,7 @@ void attention_vjp(const AttentionOptions& options, const Array& q, const Array&
   layout.add(job.at.queries, job.block * job.d_pitch);
   layout.add(job.at.o_grad, job.block * job.dv_pitch);
   layout.add(job.at.output, job.block * job.d_pitch);
-  layout.add(job.at.panel, kDepth * kPanel);
+  layout.add(job.at.panel, kKeysAtOnce * kPanel);
   layout.add(job.at.keys, padded(job.tk) * job.d);
   layout.add(job.at.values, padded(job.tk) * job.dv);
   layout.add(job.at.rows, padded(job.tk) * job.d_pitch);

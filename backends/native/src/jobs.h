@@ -45,7 +45,8 @@ struct AttentionStrides {
   int64_t q, k, v, bias, mask, o, o_grad, q_grad, k_grad, v_grad, bias_grad;
 };
 
-constexpr int64_t kDepth = 256;    // how many keys, or how much of D, one product takes
+constexpr int64_t kDepth = 256;    // how much of D one product takes
+constexpr int64_t kKeysAtOnce = 64, kPairsAtOnce = 128;  // keys, and pairs of them: few whose values stay in the first cache
 constexpr int64_t kPanel = 64;     // the most columns of a panel
 constexpr int64_t kMostRows = 96;  // of a block
 
