@@ -28,8 +28,8 @@ def inputs(shape: AttentionShape, dtype: torch.dtype, device: str) -> tuple[Tens
 
 def attention(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
     """Both variants, full and causal: forward, and forward with backward in float32 (CPU) or bfloat16 (CUDA); forward
-    in bfloat16. Beside full forward, one matrix product of as many operations: what is left of the peer's time when
-    all else costs nothing."""
+    in bfloat16. Beside them, one matrix product of as many operations as attention's own products have together: what
+    is left of the peer's time when all else costs nothing."""
     for shape in ATTENTION:
         for is_causal in (False, True):
             for dtype, backward in (
@@ -54,13 +54,10 @@ def _figures(
             q, k, v, variant=variant, is_causal=is_causal
         )
 
-    ceilings = []
-    if not is_causal and not backward:
-        batch, heads, length, dimension = shape.qkv
-        n = round((2 * batch * heads * length**2 * dimension) ** (1 / 3))  # 4 B H T^2 D = 2 n^3 operations
-        a, b, out = (torch.rand(n, n, device=device).to(dtype) for _ in range(3))
-        ceilings.append("one matmul")
-        candidates["one matmul"] = lambda *_: torch.matmul(a, b, out=out)
+    batch, heads, length, dimension = shape.qkv
+    products = (7 if backward else 2) / (2 if is_causal else 1)  # of 2 B H T^2 D operations
+    n = round((products * batch * heads * length**2 * dimension) ** (1 / 3))
+    a, b, out = (torch.rand(n, n, device=device).to(dtype) for _ in range(3))
 
     def call(attend: Attend) -> Callable[[], object]:
         if backward:
@@ -69,12 +66,14 @@ def _figures(
 
     part = "forward + backward" if backward else "forward"
     label = f"{part}, {'causal' if is_causal else 'full'}, {str(dtype).removeprefix('torch.')}"
+    calls = {name: call(attend) for name, attend in candidates.items()}
+    calls["one matmul"] = lambda: torch.matmul(a, b, out=out)
     with pinned:
         times = interleave(
-            {name: call(attend) for name, attend in candidates.items()},
+            calls,
             rounds,
             wall if device == "cpu" else cuda,
             progress(f"attention {shape}, {label}"),
         )
-    for name in (*VARIANTS, *ceilings):
+    for name in (*VARIANTS, "one matmul"):
         yield Figure.of("attention", name, str(shape), peer, times, label)

@@ -67,7 +67,8 @@ def register(device: str, name: str, kernels: ModuleType) -> None:
             _FUNCTIONS[operator] = getattr(kernels, operator)
     if device == "cpu":
         global short_row
-        short_row = kernels.short_row(_QUESTIONS, torch.is_grad_enabled, forward_ad) if hasattr(kernels, "short_row") else None
+        followed = _QUESTIONS, torch.is_grad_enabled, forward_ad
+        short_row = kernels.short_row(*followed) if hasattr(kernels, "short_row") else None
     supports = getattr(kernels, "supports", _any_tensors)
     _IMPLEMENTATIONS[device] = name, dict.fromkeys(operators, supports)
     if kernels.READS_OUTPUT:
