@@ -28,7 +28,9 @@ def randn(*shape: int, dtype: str = "float32", seed: int = 0, scale: float = 3) 
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
 
 
 # Which implementation runs.
@@ -329,7 +331,7 @@ def test_wrong_short_calls_are_refused() -> None:
     for arguments, error in (
         ((2, 0, 1, x), "5 arguments; got 4"),
         ((2, 0, 1, x, y[:2]), "y must have the size of x"),
-        ((2, 0, 0, x, y), "threads must be at least 1; got 0"),
+        ((2, 0, 0, x, y), "threads must be at least 1, .*; got 0"),
         ((2, 7, 1, x, y), "variant must be"),
         ((9, 0, 1, x, y), "dtype must be"),
         (("2", 0, 1, x, y), "integer"),
@@ -354,7 +356,7 @@ def test_wrong_calls_of_the_c_interface_are_refused() -> None:
         return c_api.array(x.ctypes.data, shape, strides)
 
     for message, arguments in {
-        "threads must be at least 1; got 0": (0, array(), None, array(), 0),
+        "threads must be at least 1, or below 0 after sa_softmax_use_openmp.*; got 0": (0, array(), None, array(), 0),
         "axis must be in": (2, array(), None, array(), 1),
         "x must be given": (0, None, None, array(), 1),
         "y must have the shape of x": (0, array(), None, array((4, 3)), 1),
@@ -413,6 +415,46 @@ def test_forked_children_of_busy_threads_compute() -> None:
         env=os.environ | {"SA_SOFTMAX_NUM_THREADS": "4"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+
+
+PYTORCHS_THREADS = """
+import os, torch
+from sa_softmax.backends.torch import sa_attention, sa_softmax
+torch.set_num_threads(3)
+x, q = torch.randn(4000, 300), torch.randn(4, 300, 16)
+
+def results():
+    with torch.no_grad():
+        return [y.numpy().tobytes() for y in (sa_softmax(x), sa_softmax(x, axis=0), sa_attention(q, q, q))]
+
+torch.softmax(x, -1)
+threads = len(os.listdir("/proc/self/task"))
+expected = results()
+print(len(os.listdir("/proc/self/task")) - threads)
+child = os.fork()
+if child == 0:
+    os._exit(results() != expected)
+assert os.waitpid(child, 0)[1] == 0
+torch.set_num_threads(1)
+assert results() == expected
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the threads in /proc")
+def test_tensors_are_computed_on_the_threads_of_pytorch() -> None:
+    torch = pytest.importorskip("torch")
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("this PyTorch has other threads")
+    ran = python(PYTORCHS_THREADS)
+    assert (ran.returncode, ran.stdout) == (0, "0\n"), ran.stderr
+
+
+def test_threads_of_openmp_need_a_runtime() -> None:
+    ran = python(
+        "from sa_softmax_native import c_api\nx = c_api.array(1, (0,), (1,))\n"
+        "try: c_api.row('float32', 'product', 0, x, None, x, -2)\nexcept ValueError as error: print(error)"
+    )
+    assert ran.stdout == "threads must be at least 1, or below 0 after sa_softmax_use_openmp(); got -2\n"
 
 
 def test_an_idle_pool_does_not_spin_and_does_not_hold_up_the_exit() -> None:

@@ -1,7 +1,9 @@
-"""CPU tensors through the kernels of sa-softmax-native, on as many threads as PyTorch's own operators use."""
+"""CPU tensors through the kernels of sa-softmax-native, on the threads of PyTorch's own operators, or on as many."""
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +26,33 @@ _NAMES = {
 _NUMBERS = {dtype: c_api.DTYPES[name] for dtype, name in _NAMES.items()}
 
 
+def _shares_threads() -> bool:
+    """Whether the kernels can run on PyTorch's own threads. They wait for work busily: others would share processors
+    with them for some milliseconds after each operator."""
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return False
+    try:  # the one among the libraries that this one was linked with
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return False
+    c_api.use_openmp(parallel)
+    return True
+
+
+_SIGN = -1 if _shares_threads() else 1
+
+
+def _threads() -> int:
+    return _SIGN * torch.get_num_threads()
+
+
 def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
     y = torch.empty_like(x)
     if c_api.short_calls is not None and where is None and axis == x.dim() - 1 and x.is_contiguous():
-        numbers = _NUMBERS[x.dtype], c_api.VARIANTS[variant], torch.get_num_threads()
+        numbers = _NUMBERS[x.dtype], c_api.VARIANTS[variant], _threads()
         c_api.short_calls.rows_at(*numbers, x.numel(), x.size(axis), x.data_ptr(), y.data_ptr())
         return y
-    c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), torch.get_num_threads())
+    c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), _threads())
     return y
 
 
@@ -41,14 +63,14 @@ def short_row(*followed: Any) -> Callable[[str, Tensor], Tensor | None] | None:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if c_api.short_calls is None or exchange is None or not c_api.short_calls.speaks_dlpack(exchange):
         return None
-    how = (Tensor, exchange, *followed, c_api.VARIANTS, torch.get_num_threads, torch.empty_like)
+    how = (Tensor, exchange, *followed, c_api.VARIANTS, _threads, torch.empty_like)
     return partial(c_api.short_calls.rows_of_tensor, how)
 
 
 def row_vjp(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
     dx = torch.empty_like(x)
     x_, g_, where_, dx_ = _array(x), _array(g), _optional(where), _array(dx)
-    c_api.row_vjp(_NAMES[x.dtype], variant, axis, x_, g_, where_, dx_, torch.get_num_threads())
+    c_api.row_vjp(_NAMES[x.dtype], variant, axis, x_, g_, where_, dx_, _threads())
     return dx
 
 
@@ -61,7 +83,7 @@ def attention(
     o, stats = empty_attention(q, v)
     c_api.attention(
         _NAMES[q.dtype], variant, offset, left, scale,
-        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), torch.get_num_threads(),
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), _threads(),
     )  # fmt: skip
     return o.to(dtype), stats
 
@@ -77,7 +99,7 @@ def attention_vjp(
     c_api.attention_vjp(
         _NAMES[q.dtype], variant, offset, left, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
-        _array(dq), _array(dk), _array(dv), _optional(dbias), torch.get_num_threads(),
+        _array(dq), _array(dk), _array(dv), _optional(dbias), _threads(),
     )  # fmt: skip
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), q.new_empty(0) if dbias is None else dbias
 

@@ -55,7 +55,10 @@ AttentionOptions options(int dtype, int variant, int is_causal, int64_t q_offset
 }
 
 Parallel parallel(int threads) {
-  if (threads < 1) throw Error("threads must be at least 1; got " + std::to_string(threads));
+  if (threads < 0 && has_openmp())
+    return [threads](int64_t count, const std::function<void(int64_t)>& task) { run_openmp(-threads, count, task); };
+  if (threads < 1)
+    throw Error("threads must be at least 1, or below 0 after sa_softmax_use_openmp(); got " + std::to_string(threads));
   return [threads](int64_t count, const std::function<void(int64_t)>& task) { run_parallel(threads, count, task); };
 }
 
@@ -107,6 +110,8 @@ int sa_softmax_attention_vjp(int dtype, int variant, int is_causal, int64_t q_of
                   Optional("bias_grad", bias_grad), parallel(threads));
   });
 }
+
+void sa_softmax_use_openmp(sa_softmax_openmp parallel) { use_openmp(parallel); }
 
 const char* sa_softmax_instruction_set() {
   const char* name = nullptr;

@@ -131,6 +131,9 @@ Pool& pool() {
   return *current;
 }
 
+OpenMp openmp = nullptr;
+std::atomic<bool> forked{false};
+
 }  // namespace
 
 void run_parallel(int threads, int64_t count, const std::function<void(int64_t)>& task) {
@@ -139,6 +142,24 @@ void run_parallel(int threads, int64_t count, const std::function<void(int64_t)>
     batch.work();
   else
     pool().run(batch);
+  if (batch.error) std::rethrow_exception(batch.error);
+}
+
+void use_openmp(OpenMp parallel) {
+#if !defined(_WIN32)
+  static const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+  static_cast<void>(watched);
+#endif
+  openmp = parallel;
+}
+
+bool has_openmp() { return openmp != nullptr; }
+
+void run_openmp(int threads, int64_t count, const std::function<void(int64_t)>& task) {
+  if (threads == 1 || forked) return run_parallel(threads, count, task);
+  Batch batch{task, count, 0};
+  // As many threads as the runtime's other users take, even for fewer tasks: it ends those that a team leaves out.
+  openmp([](void* of) { static_cast<Batch*>(of)->work(); }, &batch, unsigned(threads), 0);
   if (batch.error) std::rethrow_exception(batch.error);
 }
 

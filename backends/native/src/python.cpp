@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kSmall = 1 << 14;  // entries; giving the interpreter lock away takes as long as some hundred of them
+constexpr int64_t kSmall = 1 << 14;  // entries, of one thread; giving the interpreter lock away takes as long as some hundred
 
 struct Options {
   int dtype, variant, threads;
@@ -186,11 +186,16 @@ PyObject* rows_of_tensor(PyObject*, PyObject* const* arguments, Py_ssize_t count
   for (int32_t i = 0; i < from.rank - 1; ++i) rows *= from.shape[i];
   const int64_t n = from.shape[from.rank - 1];
   if (from.data == nullptr || rows * n == 0) Py_RETURN_NONE;  // zeros that take no memory, the functionalized, the empty
-  const Owned many(PyObject_CallNoArgs(how[threads]));
+  int many = 1;
+  if (rows > kSmall / n) {
+    const Owned number(PyObject_CallNoArgs(how[threads]));
+    if (!number) return nullptr;
+    many = int(PyLong_AsLong(number));
+  }
   Owned y(call(how[empty_like], x));
   dlpack::Tensor to;
-  if (!many || !y || api->look(y, &to) != 0) return nullptr;
-  const Options o{dtype, int(PyLong_AsLong(variant)), int(PyLong_AsLong(many))};
+  if (!y || api->look(y, &to) != 0) return nullptr;
+  const Options o{dtype, int(PyLong_AsLong(variant)), many};
   if (PyErr_Occurred() || !run(o, rows, n, from.data, to.data)) return nullptr;
   return y.release();
 }

@@ -28,7 +28,9 @@ typedef struct {
   const int64_t* strides; /* in elements, of any sign; 0 repeats, which outputs must not */
 } sa_softmax_array;
 
-/* `threads` >= 1: the most threads that work, the calling one included. Small work stays on that one. */
+/* `threads` >= 1: the most threads that work, the calling one included. Small work stays on that one.
+ * `threads` < 0: -threads of the OpenMP runtime of sa_softmax_use_openmp(). Where a caller computes by that runtime, too, its
+ * threads wait busily for what comes next, and others would have to share their processors. */
 
 SA_SOFTMAX_EXPORT int sa_softmax_row(int dtype, int variant, int64_t axis, const sa_softmax_array* x,
                                      const sa_softmax_array* where, const sa_softmax_array* y, int threads);
@@ -55,6 +57,10 @@ SA_SOFTMAX_EXPORT int sa_softmax_attention_vjp(int dtype, int variant, int is_ca
                                                const sa_softmax_array* q_grad, const sa_softmax_array* k_grad,
                                                const sa_softmax_array* v_grad, const sa_softmax_array* bias_grad,
                                                int threads);
+
+/* `parallel` is the GOMP_parallel of a runtime of GCC or LLVM. */
+typedef void (*sa_softmax_openmp)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+SA_SOFTMAX_EXPORT void sa_softmax_use_openmp(sa_softmax_openmp parallel);
 
 /* The instruction set of the kernels, or null if SA_SOFTMAX_INSTRUCTION_SET names one that this processor lacks. */
 SA_SOFTMAX_EXPORT const char* sa_softmax_instruction_set(void);

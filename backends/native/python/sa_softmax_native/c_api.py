@@ -13,7 +13,7 @@ from typing import Any
 
 from sa_softmax_native import library_path
 
-__all__ = ["array", "attention", "attention_vjp", "instruction_set", "row", "row_vjp", "short_calls"]
+__all__ = ["array", "attention", "attention_vjp", "instruction_set", "row", "row_vjp", "short_calls", "use_openmp"]
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 VARIANTS = {"normalized": 0, "product": 1}
@@ -99,6 +99,12 @@ def attention_vjp(
     """dq, dk, dv and, unless it is None, dbias = the gradients of sum(do * attention(q, k, v))."""
     options = DTYPES[dtype], VARIANTS[variant], offset is not None, offset or 0, left, scale
     _attention_vjp(*options, q, k, v, bias, mask, do, dq, dk, dv, dbias, threads)
+
+
+def use_openmp(parallel: Any) -> None:
+    """Let calls with ``threads`` below 0 run on as many threads of an OpenMP runtime: ``parallel`` is its
+    GOMP_parallel, a function of ctypes."""
+    _library.sa_softmax_use_openmp(parallel)
 
 
 def instruction_set() -> str:
