@@ -90,17 +90,18 @@ def _kernel(variant: str, x: Tensor, y: Tensor, g: Tensor | None = None) -> Call
     """The kernel of sa-softmax-native, or its VJP, into ``y``. Raises ImportError where it is not installed."""
     from sa_softmax_native import c_api
 
+    from sa_softmax.backends.torch._native import threads
+
     def array(a: Tensor) -> Any:
         return c_api.array(a.data_ptr(), a.shape, a.stride())
 
-    threads = torch.get_num_threads()
     arrays = [array(a) for a in (x, y, *([] if g is None else [g]))]
 
     def call() -> tuple[Tensor | None, ...]:
         if g is None:
-            c_api.row("float32", variant, 1, arrays[0], None, arrays[1], threads)
+            c_api.row("float32", variant, 1, arrays[0], None, arrays[1], threads())
         else:
-            c_api.row_vjp("float32", variant, 1, arrays[0], arrays[2], None, arrays[1], threads)
+            c_api.row_vjp("float32", variant, 1, arrays[0], arrays[2], None, arrays[1], threads())
         return x, y, g  # the arrays do not keep them alive
 
     return call

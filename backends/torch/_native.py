@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sa_softmax.backends.torch._kernels import empty_attention
 
-__all__ = ["READS_OUTPUT", "attention", "attention_vjp", "row", "row_vjp", "short_row"]
+__all__ = ["READS_OUTPUT", "attention", "attention_vjp", "row", "row_vjp", "short_row", "threads"]
 
 READS_OUTPUT = False
 """The gradient of attention computes the scores again."""
@@ -42,17 +42,18 @@ def _shares_threads() -> bool:
 _SIGN = -1 if _shares_threads() else 1
 
 
-def _threads() -> int:
+def threads() -> int:
+    """What the kernels take for the threads of PyTorch's operators."""
     return _SIGN * torch.get_num_threads()
 
 
 def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
     y = torch.empty_like(x)
     if c_api.short_calls is not None and where is None and axis == x.dim() - 1 and x.is_contiguous():
-        numbers = _NUMBERS[x.dtype], c_api.VARIANTS[variant], _threads()
+        numbers = _NUMBERS[x.dtype], c_api.VARIANTS[variant], threads()
         c_api.short_calls.rows_at(*numbers, x.numel(), x.size(axis), x.data_ptr(), y.data_ptr())
         return y
-    c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), _threads())
+    c_api.row(_NAMES[x.dtype], variant, axis, _array(x), _optional(where), _array(y), threads())
     return y
 
 
@@ -63,14 +64,14 @@ def short_row(*followed: Any) -> Callable[[str, Tensor], Tensor | None] | None:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if c_api.short_calls is None or exchange is None or not c_api.short_calls.speaks_dlpack(exchange):
         return None
-    how = (Tensor, exchange, *followed, c_api.VARIANTS, _threads, torch.empty_like)
+    how = (Tensor, exchange, *followed, c_api.VARIANTS, threads, torch.empty_like)
     return partial(c_api.short_calls.rows_of_tensor, how)
 
 
 def row_vjp(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
     dx = torch.empty_like(x)
     x_, g_, where_, dx_ = _array(x), _array(g), _optional(where), _array(dx)
-    c_api.row_vjp(_NAMES[x.dtype], variant, axis, x_, g_, where_, dx_, _threads())
+    c_api.row_vjp(_NAMES[x.dtype], variant, axis, x_, g_, where_, dx_, threads())
     return dx
 
 
@@ -83,7 +84,7 @@ def attention(
     o, stats = empty_attention(q, v)
     c_api.attention(
         _NAMES[q.dtype], variant, offset, left, scale,
-        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), _threads(),
+        _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(o), threads(),
     )  # fmt: skip
     return o.to(dtype), stats
 
@@ -99,7 +100,7 @@ def attention_vjp(
     c_api.attention_vjp(
         _NAMES[q.dtype], variant, offset, left, scale,
         _array(q), _array(k), _array(v), _optional(bias), _optional(mask), _array(do),
-        _array(dq), _array(dk), _array(dv), _optional(dbias), _threads(),
+        _array(dq), _array(dk), _array(dv), _optional(dbias), threads(),
     )  # fmt: skip
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), q.new_empty(0) if dbias is None else dbias
 
