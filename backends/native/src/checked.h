@@ -123,6 +123,9 @@ class Scratches {
   std::vector<Scratch> free_;
 };
 
+// Whether the page at `address` has memory already; true where the system does not say.
+bool was_touched(const void* address);
+
 // The bytes of the largest cache that a core has to itself: at least 1 MiB, where it does not say.
 int64_t cache_of_core();
 

@@ -10,6 +10,13 @@ size_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype ==
 // that cache is no help: on virtual machines it is often the host's.)
 constexpr double kLargest = 1 << 23;
 
+// Whether the output has memory already, judged by its middle.
+bool is_old(const RowJob& job, size_t entry) {
+  int64_t at = job.n / 2 * job.along.y + job.columns / 2 * job.across.y;
+  for (int64_t i = 0; i < job.outer_rank; ++i) at += job.outer_shape[i] / 2 * job.outer[i].y;
+  return was_touched(static_cast<const unsigned char*>(job.y) + at * int64_t(entry));
+}
+
 // Runs a job whose arrays and strides are set, in groups of `outer` entries.
 void run_job(RowJob& job, const RowOptions& options, int64_t outer, const Parallel& parallel) {
   const double entries = double(outer) * double(job.columns) * double(job.n);
@@ -21,7 +28,9 @@ void run_job(RowJob& job, const RowOptions& options, int64_t outer, const Parall
   job.normalized = options.variant == Variant::normalized;
   job.direct = job.n >= kShortest && job.along.x == 1 && job.along.y == 1 && (job.g == nullptr || job.along.g == 1) &&
                (job.where == nullptr || job.along.where == 1);
-  job.streams = job.direct && entries * double(element_size(options.dtype)) >= kLargest;
+  // New pages pass through the caches, since the system has just written zeros there.
+  const size_t entry = element_size(options.dtype);
+  job.streams = job.direct && entries * double(entry) >= kLargest && is_old(job, entry);
 
   const RowKernels& table = kernels().rows;
   const auto run = (job.g != nullptr ? table.vjp : table.forward)[int(options.dtype)];

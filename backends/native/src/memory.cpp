@@ -1,4 +1,4 @@
-// Where scratch and the size of the caches come from.
+// Where scratch comes from, and what the system says of memory and caches.
 #include "checked.h"
 
 #if defined(__linux__)
@@ -38,6 +38,18 @@ Scratch::~Scratch() {
   }
 #endif
   ::operator delete(data_, std::align_val_t(64));
+}
+
+bool was_touched(const void* address) {
+#if defined(__linux__)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  unsigned char resident = 1;
+  if (mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / page * page), 1, &resident) == 0)
+    return (resident & 1) != 0;
+#else
+  static_cast<void>(address);
+#endif
+  return true;
 }
 
 int64_t cache_of_core() {
