@@ -1,5 +1,6 @@
 """The public functions: they find the backend that owns the arrays and leave the rest to it."""
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -83,7 +84,10 @@ _OWNERS: dict[type, ModuleType] = {}
 def _backend_of(x: Any, name: str) -> ModuleType:
     owner = _OWNERS.get(type(x))
     if owner is None:
-        owner = _OWNERS[type(x)] = _found(x, name)
+        owner = _found(x, name)
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.compiler.is_compiling():  # a strict export warns of what it sees written
+            _OWNERS[type(x)] = owner
     return owner
 
 

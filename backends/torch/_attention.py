@@ -7,7 +7,7 @@ alone, and computes the Tq x Tk scores again in the backward pass.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ def sa_attention(
     bias: Tensor | None, mask: Tensor | None, offset: int | None, left: int, scale: float, variant: str,
 ) -> Tensor:  # fmt: skip
     """``offset`` and ``left`` as :func:`window` gives them."""
+    if (kernel := _kernels.direct("attention", q, k, v, bias, mask)) is not None:
+        return cast("Tensor", kernel(q, k, v, bias, mask, offset, left, scale, variant)[0])
     return _row.apply(_Attention, _compose_first, q, k, v, bias, mask, offset, left, scale, variant)[0]
 
 

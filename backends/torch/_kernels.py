@@ -111,12 +111,13 @@ _QUESTIONS = (  # all say no, 0 or None, where nothing follows a tensor
     torch._C._len_torch_function_stack,
     torch._C._functorch.peek_interpreter_stack,
     torch._C._is_tracing,
+    torch._C._autograd._profiler_enabled,
 )
 
 
 def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
     """The function behind ``operator``, for eager calls on plain CPU tensors that nothing follows: no derivative, no
-    transformation, no tracer. Through Function and dispatcher a short row takes several times as long."""
+    transformation, no tracer, no profiler. Through Function and dispatcher a short row takes several times as long."""
     if torch.compiler.is_compiling() or operator not in _FUNCTIONS or x.dtype not in DTYPES:
         return None
     for each in (x, *others):

@@ -4,7 +4,8 @@
 // matrix products are one microkernel, c[r][.] += sum over i of a[r][i] b[i][.], which holds kRows x kColumns of c in
 // registers and reads a row of b, a panel, per step:
 //
-//     scores      S = scale Q K^T     per panel of kColumns keys; K^T is packed into such panels once per unit of work
+//     scores      S = scale Q K^T     per panel of kColumns keys; K^T is packed into such panels once per unit of work.
+//                                     For few queries packing would take longer than S: then by dot products, not packed
 //     output      O = Y V             S became Y = the row operation in place; V is read as it lies, if it lies well
 //
 //     backward    S as above, G = dO V^T with V^T packed likewise; the row gradient turns S into dX and G into Y;
@@ -52,15 +53,15 @@ INLINE void add_product(Vector<C>& sum, Vector<C> a, Vector<C> b) {
   sum += a * b;
 }
 // A function, not part of the loop over tiles: what compilers keep of that loop takes registers from the sums.
-template <class C, Product kProduct, int R, int U>
-__attribute__((noinline)) void multiply_tile(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
+template <class C, Product kProduct, int R, int U, class B>
+__attribute__((noinline)) void multiply_tile(const C* a, int64_t a_pitch, const B* b, int64_t b_pitch, C* c,
                                              int64_t c_pitch, int64_t depth, bool add, C factor) {
   Vector<C> sums[R][U];
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < U; ++u) sums[r][u] = add ? load(c + r * c_pitch + u * kLanes<C>) : Vector<C>{};
   for (int64_t i = 0; i < depth; ++i) {
     Vector<C> bs[U];
-    for (int u = 0; u < U; ++u) bs[u] = load(b + i * b_pitch + u * kLanes<C>);
+    for (int u = 0; u < U; ++u) bs[u] = read(b + i * b_pitch + u * kLanes<C>);
     for (int r = 0; r < R; ++r) {
       const Vector<C> as = all(kProduct == Product::transposed ? a[i * a_pitch + r] : a[r * a_pitch + i]);
       for (int u = 0; u < U; ++u) add_product<C, kProduct>(sums[r][u], as, bs[u]);
@@ -70,8 +71,8 @@ __attribute__((noinline)) void multiply_tile(const C* a, int64_t a_pitch, const 
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < U; ++u) store(c + r * c_pitch + u * kLanes<C>, scales ? sums[r][u] * factor : sums[r][u]);
 }
-template <class C, Product kProduct, int R, int U>
-INLINE void multiply_rest(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+template <class C, Product kProduct, int R, int U, class B>
+INLINE void multiply_rest(const C* a, int64_t a_pitch, const B* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
                           int64_t depth, bool add, C factor) {
   if constexpr (R > 0) {
     if (rows == R)
@@ -80,8 +81,8 @@ INLINE void multiply_rest(const C* a, int64_t a_pitch, const C* b, int64_t b_pit
       multiply_rest<C, kProduct, R - 1, U>(a, a_pitch, b, b_pitch, c, c_pitch, rows, depth, add, factor);
   }
 }
-template <class C, Product kProduct, int U>
-__attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c,
+template <class C, Product kProduct, int U, class B>
+__attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const B* b, int64_t b_pitch, C* c,
                                              int64_t c_pitch, int64_t rows, int64_t depth, bool add, C factor) {
   const int64_t a_row = kProduct == Product::transposed ? 1 : a_pitch;
   int64_t r = 0;
@@ -96,8 +97,8 @@ __attribute__((noinline)) void multiply_rows(const C* a, int64_t a_pitch, const 
                                            depth, add, factor);
 }
 // The first `width` columns, rounded up to vectors.
-template <class C, Product kProduct, int U = kVectors>
-INLINE void multiply(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+template <class C, Product kProduct, int U = kVectors, class B>
+INLINE void multiply(const C* a, int64_t a_pitch, const B* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
                      int64_t depth, int64_t width, bool add, C factor = 1) {
   if constexpr (U > 1) {
     if (width <= (U - 1) * kLanes<C>)
@@ -146,6 +147,56 @@ struct Matrix {
   INLINE Compute<T> at(int64_t i, int64_t j) const { return widen(data[i * row + j * column]); }
 };
 
+// The n <= kLanes entries from p on, then zeros.
+template <class T>
+INLINE Vector<Compute<T>> read_some(const T* p, int64_t n) {
+  T entries[kLanes<Compute<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) entries[i] = p[i];
+  return read(entries);
+}
+// c[r][j] = factor a[r] . m[j] for R rows, padded by zeros, and the keys [begin, end), whose n entries lie side by side.
+template <class T, int R>
+__attribute__((noinline)) void dot_keys(const Compute<T>* a, int64_t a_pitch, const Matrix<T>& m, int64_t n,
+                                        int64_t begin, int64_t end, Compute<T> factor, Compute<T>* c, int64_t c_pitch) {
+  using C = Compute<T>;
+  const int64_t whole = n / kLanes<C> * kLanes<C>;
+  for (int64_t j = begin; j < end; j += 4) {  // four sums share their last vectors
+    const int64_t count = least(4, end - j);
+    const T* keys[4];
+    for (int64_t k = 0; k < 4; ++k) keys[k] = m.data + (j + least(k, count - 1)) * m.row;
+    Vector<C> sums[R][4] = {}, b[4];
+    const auto add = [&](int64_t i) {
+      for (int r = 0; r < R; ++r) {
+        const Vector<C> row = load(a + r * a_pitch + i);
+        for (int k = 0; k < 4; ++k) sums[r][k] += row * b[k];
+      }
+    };
+    for (int64_t i = 0; i < whole; i += kLanes<C>) {
+      for (int k = 0; k < 4; ++k) b[k] = read(keys[k] + i);
+      add(i);
+    }
+    if (whole < n) {
+      for (int k = 0; k < 4; ++k) b[k] = read_some(keys[k] + whole, n - whole);
+      add(whole);
+    }
+    for (int r = 0; r < R; ++r) {
+      const Four<C> dots = halve_four<C>(sums[r], plus) * factor;
+      for (int64_t k = 0; k < count; ++k) c[r * c_pitch + j + k] = dots[k];
+    }
+  }
+}
+constexpr int kDotRows = kRows * kVectors >= 24 ? 6 : 2;
+template <class T, int R = kDotRows>
+INLINE void dot_rows(const Compute<T>* a, int64_t a_pitch, const Matrix<T>& m, int64_t n, int64_t begin, int64_t end,
+                     Compute<T> factor, Compute<T>* c, int64_t c_pitch, int64_t rows) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      dot_keys<T, R>(a, a_pitch, m, n, begin, end, factor, c, c_pitch);
+    else
+      dot_rows<T, R - 1>(a, a_pitch, m, n, begin, end, factor, c, c_pitch, rows);
+  }
+}
+
 template <class C>
 INLINE bool is_finite(C x) {
   return x - x == 0;
@@ -191,8 +242,10 @@ struct Head {
     k = {static_cast<const T*>(job.k) + base.k, job.row.k, job.column.k};
     v = {static_cast<const T*>(job.v) + base.v, job.row.v, job.column.v};
   }
-  // Whether the microkernel may read rows of n entries where they lie.
-  static bool direct(const Matrix<T>& m, int64_t n) { return kSame<T, C> && m.column == 1 && n % kLanes<C> == 0; }
+  // Whether the microkernel reads rows of n entries where they lie. To widen those of 16 bits pays for many queries.
+  bool direct(const Matrix<T>& m, int64_t n) const {
+    return (kSame<T, C> || job.few) && m.column == 1 && n % kLanes<C> == 0;
+  }
 
   // panels[j / kColumns][i][j % kColumns] = m[j][i] for the keys in `keys`
   void pack_transposed(const Matrix<T>& m, int64_t n, Range keys, C* panels) const {
@@ -265,7 +318,7 @@ struct Head {
     if constexpr (kMayPair<T> && !kVjp) {
       if (job.pairs != Pairs::none) return pack_paired(keys);
     }
-    pack_transposed(k, job.d, keys, scratch + job.at.keys);
+    if (!job.few) pack_transposed(k, job.d, keys, scratch + job.at.keys);
     if (kVjp) pack_transposed(v, job.dv, keys, scratch + job.at.values);
     if (const Matrix<T>& m = kVjp ? k : v; !direct(m, kVjp ? job.d : job.dv))
       pack_rows(m, kVjp ? job.d : job.dv, keys, scratch + job.at.rows, kVjp ? job.d_pitch : job.dv_pitch);
@@ -350,8 +403,8 @@ struct Block {
   }
 
   // A group's rows times b, by the microkernel; or by tiles, which compute all rows of a group whether they count or not.
-  template <Product kProduct>
-  void product(const C* a, int64_t a_pitch, const C* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
+  template <Product kProduct, class B>
+  void product(const C* a, int64_t a_pitch, const B* b, int64_t b_pitch, C* c, int64_t c_pitch, int64_t rows,
                int64_t depth, int64_t width, bool add, C factor = 1) const {
     if constexpr (kTiles && kProduct == Product::pairs)
       for (int64_t j = 0; j < width; j += 2 * kTile)
@@ -374,6 +427,12 @@ struct Block {
     }
   }
   void multiply_keys() const {
+    if (job.few) {
+      for (int64_t r = 0; r < count; r += kDotRows)
+        dot_rows<T>(queries + r * job.d_pitch, job.d_pitch, head.k, job.d, keys.begin, keys.end, C(job.scale),
+                    scores + r * pitch, pitch, least(kDotRows, count - r));
+      return;
+    }
     const C* const panels = scratch + job.at.keys;
     if constexpr (kMayPair<T>) {
       if (job.pairs != Pairs::none)
@@ -502,8 +561,15 @@ struct Block {
       const Range chunk{j, least(j + kKeysAtOnce, keys.end)};
       for (int64_t d = 0; d < n; d += kColumns<C>) {
         const int64_t width = least(kColumns<C>, n - d);
-        const C* b;
-        int64_t b_pitch;
+        const auto multiply_chunk = [&](const auto* b, int64_t b_pitch) {
+          for (int64_t g = 0; g < groups(); ++g) {
+            const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
+            if (!seen.empty())
+              product<Product::plain>(scores + g * kGroup * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
+                                      b_pitch, output + g * kGroup * n_pitch + d, n_pitch, rows_of(g),
+                                      seen.end - seen.begin, width, true);
+          }
+        };
         if (careful) {
           C* const panel = scratch + job.at.panel;
           for (int64_t i = chunk.begin; i < chunk.end; ++i)
@@ -511,18 +577,11 @@ struct Block {
               const C value = c < width ? m.at(i, d + c) : C(0);
               panel[(i - j) * kColumns<C> + c] = is_finite(value) ? value : C(0);
             }
-          b = panel, b_pitch = kColumns<C>;
+          multiply_chunk(panel, kColumns<C>);
         } else if (direct) {
-          b = reinterpret_cast<const C*>(m.data) + j * m.row + d, b_pitch = m.row;
+          multiply_chunk(m.data + j * m.row + d, m.row);
         } else {
-          b = scratch + job.at.rows + j * n_pitch + d, b_pitch = n_pitch;
-        }
-        for (int64_t g = 0; g < groups(); ++g) {
-          const Range seen{group_keys[g].begin > j ? group_keys[g].begin : j, least(group_keys[g].end, chunk.end)};
-          if (!seen.empty())
-            product<Product::plain>(scores + g * kGroup * pitch + seen.begin, pitch, b + (seen.begin - j) * b_pitch,
-                                    b_pitch, output + g * kGroup * n_pitch + d, n_pitch, rows_of(g),
-                                    seen.end - seen.begin, width, true);
+          multiply_chunk(scratch + job.at.rows + j * n_pitch + d, n_pitch);
         }
       }
     }

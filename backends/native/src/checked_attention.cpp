@@ -197,7 +197,8 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   Problem problem(Call{options, q, k, v, bias, mask, &o, nullptr, nullptr, nullptr, nullptr, nullptr});
   AttentionJob& job = problem.job;
   if (problem.empty) return fill_zero(options.dtype, o);
-  job.pairs = options.dtype == DType::bfloat16 ? kernels().pairs : Pairs::none;
+  job.few = job.group * job.tq <= kFew && job.column.k == 1;
+  job.pairs = options.dtype == DType::bfloat16 && !job.few ? kernels().pairs : Pairs::none;
   const bool tiles = job.pairs == Pairs::tiles;
   job.words = tiles ? (job.d + 2 * kTile - 1) / (2 * kTile) * kTile : (job.d + 1) / 2;
   // Scores share the second cache with keys and values that fit into half of it; others stream past, the less often the
@@ -216,8 +217,9 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   layout.add(job.at.output, rows * job.dv_pitch);
   layout.add(job.at.poisoned, rows * job.dv_pitch);
   layout.add(job.at.panel, kPairsAtOnce * kPanel);
-  layout.add(job.at.keys, padded(job.tk) * std::max(job.d, job.words));
-  layout.add(job.at.rows, padded(job.tk) * job.dv_pitch);
+  layout.add(job.at.keys, job.few ? 0 : padded(job.tk) * std::max(job.d, job.words));
+  const bool read_in_place = job.few && job.column.v == 1 && job.dv % kShortest == 0;
+  layout.add(job.at.rows, read_in_place ? 0 : padded(job.tk) * job.dv_pitch);
   const auto run = kernels().attention.forward[int(options.dtype)];
   divide(parallel, job.units(), problem.work(), layout.size, options.dtype,
          [&](int64_t begin, int64_t end, void* scratch) { run(job, begin, end, scratch); });

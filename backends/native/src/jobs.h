@@ -49,6 +49,7 @@ constexpr int64_t kDepth = 256;    // how much of D one product takes
 constexpr int64_t kKeysAtOnce = 64, kPairsAtOnce = 128;  // keys, and pairs of them: few whose values stay in the first cache
 constexpr int64_t kPanel = 64;     // the most columns of a panel
 constexpr int64_t kMostRows = 96;  // of a block
+constexpr int64_t kFew = 6;        // rows for which packing does not pay
 
 // How many numbers of 16 bits a product takes at once: one that was widened, or a pair of bfloat16 in each lane of a vector
 // (AVX512_BF16), or in each word of a tile (AMX-BF16).
@@ -78,6 +79,7 @@ struct AttentionJob {
   bool normalized;
   Pairs pairs;
   int64_t words;  // of a key, if in pairs
+  bool few;       // queries of a key/value head: forward, keys are read where they lie, and values if they lie well
   int64_t block, parts;
   int64_t pitch, d_pitch, dv_pitch;  // of rows of scores, and of rows of D and Dv entries, in scratch
   AttentionScratch at;

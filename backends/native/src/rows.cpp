@@ -6,37 +6,7 @@
 namespace sa_softmax {
 namespace {
 
-// Vectors of the compute type from and to memory of type T.
-
-template <class T, int kCount>
-struct Pack {
-  typedef T V __attribute__((vector_size(kCount * sizeof(T))));
-};
-template <class T, int kCount>
-INLINE typename Pack<T, kCount>::V load_pack(const void* p) {
-  typename Pack<T, kCount>::V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-using Words = typename Pack<uint16_t, kLanes<float>>::V;
-
-INLINE Vector<float> read(const float* p) { return load(p); }
-INLINE Vector<double> read(const double* p) { return load(p); }
-INLINE Vector<float> read(const Bfloat* p) {
-  using U = Simd<float>::U;
-  return as<Vector<float>>(__builtin_convertvector(load_pack<uint16_t, kLanes<float>>(p), U) << 16);
-}
-INLINE Vector<float> read(const Half* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vector<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
-  return v;
-#endif
-}
+// Vectors of the compute type to memory of type T.
 
 INLINE Vector<float> rounded(Vector<float> v, float) { return v; }
 INLINE Vector<double> rounded(Vector<double> v, double) { return v; }
