@@ -36,7 +36,8 @@ class Derived(NamedTuple):
 def row_records() -> Iterator[Derived]:
     """The corner, tie and scale rows of each dtype in one array, in other company."""
     yield _row("rows=70000", "float32", ("R1",), partial(_many, "float32", 70000))
-    yield _row("where-n=70001", "float32", ("R2", "C5", "G3", "G5"), partial(_spread, "float32", 70001, "where", 4))
+    for n, every in ((70001, 4), (270001, 12)):  # longer than a block of 65536 or 131072, as vocabularies are
+        yield _row(f"where-n={n}", "float32", ("R2", "C5", "G3", "G5"), partial(_spread, "float32", n, "where", every))
     for dtype in DTYPES:
         for n in (40, 300, 1100, 5000):
             for form in ("where", "minus-inf"):

@@ -215,6 +215,9 @@ def _rows() -> Iterator[KernelMutant]:
         yield KernelMutant(f"ties-to-the-first-beyond-{n}", "softmax", _longer(n), _shares=_ties_to_the_first)
         yield KernelMutant(f"extrema-of-the-end-blocks-of-{n}", "softmax", _always, **_extrema_of_the_ends(n))
         yield KernelMutant(f"nan-beyond-{n}-lost", "softmax", _always, **_nan_of_later_blocks_lost(n))
+    for n in (32768, 131072):
+        yield KernelMutant(f"no-maximum-subtracted-beyond-{n}", "softmax", _longer(n), **_unshifted)
+        yield KernelMutant(f"ties-to-the-first-beyond-{n}", "softmax", _longer(n), _shares=_ties_to_the_first)
     for block in (16, 128):
         yield KernelMutant(f"ties-counted-per-block-of-{block}", "softmax", _always, **_ties_of_a_block(block))
     for block in (32, 512):

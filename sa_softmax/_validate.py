@@ -97,34 +97,38 @@ def check_attention(
     dtype = dtype_name(q)
     for name, array in (("k", k), ("v", v)):
         _check_dtype(name, array, (dtype,), "the dtype of q")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if len(array.shape) < 3:
+    q_shape, k_shape, v_shape = (tuple(array.shape) for array in (q, k, v))  # once: frameworks make them each time
+
+    def shapes() -> str:
+        return f"q {q_shape}, k {k_shape}, v {v_shape}"
+
+    for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
+        if len(shape) < 3:
             raise ValueError(
-                f"{name} must be (..., heads, length, dimension), at least 3-d; got shape {tuple(array.shape)}. "
+                f"{name} must be (..., heads, length, dimension), at least 3-d; got shape {shape}. "
                 "Add a heads axis of length 1 for a single head"
             )
-    if not tuple(q.shape[:-3]) == tuple(k.shape[:-3]) == tuple(v.shape[:-3]):
-        raise ValueError(f"q, k and v must have the same batch axes; got {shapes}. Expand them to one batch shape")
-    if q.shape[-1] != k.shape[-1]:
+    if not q_shape[:-3] == k_shape[:-3] == v_shape[:-3]:
+        raise ValueError(f"q, k and v must have the same batch axes; got {shapes()}. Expand them to one batch shape")
+    if q_shape[-1] != k_shape[-1]:
         raise ValueError(
-            f"q and k must have the same last axis D; got {shapes}. Transpose one that is (..., D, length)"
+            f"q and k must have the same last axis D; got {shapes()}. Transpose one that is (..., D, length)"
         )
-    if k.shape[-3:-1] != v.shape[-3:-1]:
+    if k_shape[-3:-1] != v_shape[-3:-1]:
         raise ValueError(
-            f"k and v must have the same heads Hkv and length Tk; got {shapes}. Take both from the same tokens"
+            f"k and v must have the same heads Hkv and length Tk; got {shapes()}. Take both from the same tokens"
         )
-    if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3] != 0:
+    if k_shape[-3] == 0 or q_shape[-3] % k_shape[-3] != 0:
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key/value heads; "
-            f"got {q.shape[-3]} and {k.shape[-3]} ({shapes}). The axes are (..., heads, length, dimension)"
+            f"got {q_shape[-3]} and {k_shape[-3]} ({shapes()}). The axes are (..., heads, length, dimension)"
         )
-    scores = (*q.shape[:-1], k.shape[-2])
+    scores = (*q_shape[:-1], k_shape[-2])
     _check_mask("mask", mask, scores, "the scores (..., Hq, Tq, Tk)")
     if bias is not None:
         _check_dtype("bias", bias, (dtype, COMPUTE_DTYPE[dtype]), "the dtype of q, or the dtype it is computed in")
         _check_broadcast("bias", bias, scores, "the scores (..., Hq, Tq, Tk)")
-    output = (*q.shape[:-1], v.shape[-1])
+    output = (*q_shape[:-1], v_shape[-1])
     for name, array in like_output.items():
         if tuple(array.shape) != output:
             raise ValueError(
@@ -147,9 +151,9 @@ def check_attention(
             f"q_offset shifts the causal mask and needs is_causal=True{or_window}; got {q_offset=} without it"
         )
     if scale is None:
-        if q.shape[-1] == 0:
-            raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes}. Pass scale=")
-        return 1.0 / math.sqrt(q.shape[-1])
+        if q_shape[-1] == 0:
+            raise ValueError(f"the default scale 1/sqrt(D) needs D >= 1; got {shapes()}. Pass scale=")
+        return 1.0 / math.sqrt(q_shape[-1])
     if not isinstance(scale, int | float) or isinstance(scale, bool):
         raise TypeError(f"scale must be a Python number, or None for 1/sqrt(D); got {scale!r}. Convert it with float()")
     if not -math.inf < scale < math.inf:
