@@ -207,17 +207,15 @@ def _always(arrays: tuple[Array, ...], options: dict[str, Any]) -> bool:
 
 def _rows() -> Iterator[KernelMutant]:
     """Long rows, many rows, rows along another axis."""
-    for n in (32, 256, 1024):
+    for n in (32, 256, 1024, 32768, 131072):
         yield KernelMutant(f"no-maximum-subtracted-beyond-{n}", "softmax", _longer(n), **_unshifted)
+        yield KernelMutant(f"ties-to-the-first-beyond-{n}", "softmax", _longer(n), _shares=_ties_to_the_first)
+    for n in (32, 256, 1024):
         yield KernelMutant(f"zero-range-nan-beyond-{n}", "softmax", _longer(n), **_nan_zero_range)
         yield KernelMutant(f"range-overflows-beyond-{n}", "softmax", _longer(n), **_overflowing_range)
         yield KernelMutant(f"extrema-not-clamped-beyond-{n}", "softmax", _longer(n), **_unclamped_range)
-        yield KernelMutant(f"ties-to-the-first-beyond-{n}", "softmax", _longer(n), _shares=_ties_to_the_first)
         yield KernelMutant(f"extrema-of-the-end-blocks-of-{n}", "softmax", _always, **_extrema_of_the_ends(n))
         yield KernelMutant(f"nan-beyond-{n}-lost", "softmax", _always, **_nan_of_later_blocks_lost(n))
-    for n in (32768, 131072):
-        yield KernelMutant(f"no-maximum-subtracted-beyond-{n}", "softmax", _longer(n), **_unshifted)
-        yield KernelMutant(f"ties-to-the-first-beyond-{n}", "softmax", _longer(n), _shares=_ties_to_the_first)
     for block in (16, 128):
         yield KernelMutant(f"ties-counted-per-block-of-{block}", "softmax", _always, **_ties_of_a_block(block))
     for block in (32, 512):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["direct", "implementation", "reads_output", "register", "supports"]
+__all__ = ["direct", "implementation", "operator", "reads_output", "register", "supports"]
 
 SCHEMAS = {
     "row": "(Tensor x, Tensor? where, int axis, str variant) -> Tensor",
@@ -128,6 +128,11 @@ def direct(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., An
     if any(follows() for follows in _QUESTIONS) or forward_ad._current_level >= 0:
         return None
     return _FUNCTIONS[operator]
+
+
+def operator(name: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any]:
+    """``direct``, or the operator itself where the dispatcher must see the call."""
+    return direct(name, x, *others) or getattr(torch.ops.sa_softmax, name)
 
 
 # Shapes, for tracing.

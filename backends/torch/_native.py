@@ -60,7 +60,7 @@ def row(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
 def short_row(*followed: Any) -> Callable[[str, Tensor], Tensor | None] | None:
     """Rows along the last axis without a line of Python, where nothing follows the tensor: ``followed`` is what to ask.
     The function takes the variant and x, and returns None where it is not for it to compute. It reads tensors through
-    DLPack's exchange of functions, which PyTorch has from 2.10 on; before, there is no such way."""
+    DLPack's exchange of functions; older releases of PyTorch have none, and no such way."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if c_api.short_calls is None or exchange is None or not c_api.short_calls.speaks_dlpack(exchange):
         return None

@@ -39,11 +39,11 @@ def apply(function: type[Function], compose: Any, *args: Any) -> Any:
     # A jvp of the Function's own would lose the outer tangent where forward mode is nested, and Dynamo refuses it.
     if forward_ad._current_level >= 0:
         return compose(*args)
-    transformed = torch._C._are_functorch_transforms_active()
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     # Under torch.func, Dynamo traces the forward of a Function and forgets its backward.
-    if torch.compiler.is_compiling() and transformed:
+    if compiling and transformed:
         return compose(*args)
-    if torch.compiler.is_compiling() or transformed:
+    if compiling or transformed:
         return function.apply(*args)  # type: ignore[no-untyped-call]
     # As Function.apply goes on from here, but that it looks for arguments left out, which takes most of its time.
     return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
@@ -65,7 +65,7 @@ class _Softmax(Function):
     @staticmethod
     def forward(x: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
         if _kernels.supports("row", x):
-            return (_kernels.direct("row", x, where) or torch.ops.sa_softmax.row)(x, where, axis, variant)
+            return _kernels.operator("row", x, where)(x, where, axis, variant)
         return compose(x, where, axis, variant)
 
     @staticmethod
@@ -90,7 +90,7 @@ class _SoftmaxVjp(Function):
 
     @staticmethod
     def forward(x: Tensor, g: Tensor, where: Tensor | None, axis: int, variant: str) -> Tensor:
-        return (_kernels.direct("row_vjp", x, g, where) or torch.ops.sa_softmax.row_vjp)(x, g, where, axis, variant)
+        return _kernels.operator("row_vjp", x, g, where)(x, g, where, axis, variant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

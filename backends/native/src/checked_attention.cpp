@@ -203,7 +203,7 @@ void attention(const AttentionOptions& options, const Array& q, const Array& k, 
   job.words = tiles ? (job.d + 2 * kTile - 1) / (2 * kTile) * kTile : (job.d + 1) / 2;
   // Scores share the second cache with keys and values that fit into half of it; others stream past, the less often the
   // more rows a block has.
-  static const int64_t cache = cache_of_core();
+  const int64_t cache = cache_of_core();
   const int64_t entries = job.pairs == Pairs::none ? job.d + job.dv_pitch : job.words + job.dv_pitch / 2;
   const int64_t read = padded(job.tk) * entries * int64_t(compute_size(options.dtype));
   problem.choose_block(options.dtype, read <= cache / 2 ? cache / 2 : cache / 5 * 4, tiles ? kTileRows : kSmallestBlock);
@@ -235,8 +235,7 @@ void attention_vjp(const AttentionOptions& options, const Array& q, const Array&
       if (a != nullptr) fill_zero(options.dtype, *a);
     return;
   }
-  static const int64_t cache = cache_of_core();
-  problem.choose_block(options.dtype, cache / 128 * (job.d + job.dv), kSmallestBlock);
+  problem.choose_block(options.dtype, cache_of_core() / 128 * (job.d + job.dv), kSmallestBlock);
   const int64_t heads = job.batches * job.heads, size = padded(job.tk) * (job.d_pitch + job.dv_pitch);
   job.parts = std::max<int64_t>(
       1, std::min({(kUnits / 2 + heads - 1) / heads, job.group * job.tq / kVjpPart, kPartial / (heads * size)}));

@@ -53,11 +53,14 @@ bool was_touched(const void* address) {
 }
 
 int64_t cache_of_core() {
-  int64_t bytes = 0;
+  static const int64_t bytes = [] {
+    int64_t told = 0;
 #if defined(__linux__)
-  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    told = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-  return std::max<int64_t>(bytes, 1 << 20);
+    return std::max<int64_t>(told, 1 << 20);
+  }();
+  return bytes;
 }
 
 }  // namespace sa_softmax

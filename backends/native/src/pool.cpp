@@ -132,7 +132,7 @@ Pool& pool() {
 }
 
 OpenMp openmp = nullptr;
-std::atomic<bool> forked{false};
+bool forked = false;  // set where there is one thread
 
 }  // namespace
 

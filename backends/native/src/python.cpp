@@ -106,7 +106,6 @@ class Owned {
  private:
   PyObject* object_;
 };
-PyObject* call(PyObject* f, PyObject* argument = nullptr) { return PyObject_CallFunctionObjArgs(f, argument, nullptr); }
 // 1, 0, or -1 with an exception set.
 int is_true(const Owned& object) { return object ? PyObject_IsTrue(object) : -1; }
 
@@ -145,7 +144,19 @@ int kernel_dtype(const dlpack::Dtype& dtype) {
   if (dtype.lanes != 1) return -1;
   if (dtype.code == dlpack::bfloat) return dtype.bits == 16 ? SA_SOFTMAX_BFLOAT16 : -1;
   if (dtype.code != dlpack::ieee) return -1;
-  return dtype.bits == 16 ? SA_SOFTMAX_FLOAT16 : dtype.bits == 32 ? SA_SOFTMAX_FLOAT32 : dtype.bits == 64 ? SA_SOFTMAX_FLOAT64 : -1;
+  switch (dtype.bits) {
+    case 16: return SA_SOFTMAX_FLOAT16;
+    case 32: return SA_SOFTMAX_FLOAT32;
+    case 64: return SA_SOFTMAX_FLOAT64;
+    default: return -1;
+  }
+}
+
+void* memory(const dlpack::Tensor& x) { return static_cast<char*>(x.data) + x.byte_offset; }
+
+// The functions in a capsule; null, with an exception set, if it is another.
+const dlpack::Exchange* functions_of(PyObject* capsule) {
+  return static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
 }
 
 bool is_contiguous(const dlpack::Tensor& x) {
@@ -163,7 +174,7 @@ PyObject* rows_of_tensor(PyObject*, PyObject* const* arguments, Py_ssize_t count
   PyObject* how[how_many];
   for (int i = 0; i < how_many; ++i) how[i] = PyTuple_GetItem(arguments[0], i);
   PyObject* const x = arguments[2];
-  const auto* const api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(how[exchange], "dlpack_exchange_api"));
+  const dlpack::Exchange* const api = functions_of(how[exchange]);
   if (api == nullptr) return nullptr;
   if (const int plain = is_plain(how, x); plain <= 0) {
     if (plain < 0) return nullptr;
@@ -192,17 +203,16 @@ PyObject* rows_of_tensor(PyObject*, PyObject* const* arguments, Py_ssize_t count
     if (!number) return nullptr;
     many = int(PyLong_AsLong(number));
   }
-  Owned y(call(how[empty_like], x));
+  Owned y(PyObject_CallFunctionObjArgs(how[empty_like], x, nullptr));
   dlpack::Tensor to;
   if (!y || api->look(y, &to) != 0) return nullptr;
   const Options o{dtype, int(PyLong_AsLong(variant)), many};
-  if (PyErr_Occurred() || !run(o, rows, n, from.data, to.data)) return nullptr;
+  if (PyErr_Occurred() || !run(o, rows, n, memory(from), memory(to))) return nullptr;
   return y.release();
 }
 
-// What is said of DLPack in `methods`: the functions of type's capsule are those declared here.
 PyObject* speaks_dlpack(PyObject*, PyObject* capsule) {
-  const auto* const api = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  const dlpack::Exchange* const api = functions_of(capsule);
   if (api == nullptr) return nullptr;
   return PyBool_FromLong(api->major == 1 && api->look != nullptr);
 }
