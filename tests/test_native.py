@@ -7,6 +7,7 @@ has and its Python interface can feed.
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -576,3 +577,45 @@ def test_the_library_exports_nothing_else() -> None:
         names = {line.split()[-1] for line in listed.stdout.splitlines() if " T " in line or " D " in line}
         header = (SOURCE.parent / "include" / "sa_softmax" / "c_api.h").read_text()
         assert names == {"RegisterCustomOps", *re.findall(r"\b(sa_softmax_\w+)\(", header)}
+
+
+# The machine code.
+
+
+def innermost_loops(listing: str) -> list[list[str]]:
+    """The bodies of a disassembly's loops that hold no other."""
+    lines = [match.groups() for line in listing.splitlines() if (match := re.match(r"\s*([0-9a-f]+):\t(.+)", line))]
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops, begin = [], -1
+    for i, (_, text) in enumerate(lines):
+        jump = re.match(r"j\w+\s+([0-9a-f]+)\b", text)
+        start = place.get(int(jump[1], 16), i + 1) if jump else i + 1
+        if begin < start <= i:
+            loops.append([text for _, text in lines[start : i + 1]])
+            begin = start
+    return loops
+
+
+@kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads the machine code of x86-64")
+def test_sums_of_the_microkernel_stay_in_registers() -> None:
+    """A compiler that keeps them in memory makes attention half as fast, and nothing else tells of it.
+
+    In the microkernel's loops what is broadcast from memory, once for each of 6 rows, is multiplied by 4 vectors, or by
+    2 where there are 16 registers.
+    """
+    if (objdump := shutil.which("objdump")) is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "-w", "--no-show-raw-insn", "-j", ".text", door.get_library_path()]
+    found = set()
+    for body in innermost_loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout):
+        products = [line for line in body if re.match(r"vfmadd|vdpbf16ps", line)]
+        broadcasts = [line for line in body if re.match(r"vbroadcasts[sd] .*\((?!%r[is]p)", line)]
+        register = "zmm" if any("%zmm" in line for line in products) else "ymm"
+        if len(broadcasts) in (6, 12) and len(products) == len(broadcasts) * {"zmm": 4, "ymm": 2}[register]:
+            spills = [line for line in body if "mm" in line and re.search(r"\(%rsp|-0x\w+\(%rbp\)", line)]
+            assert not spills
+            found.add((re.sub("132|213|231", "", products[0].split()[0]), register))
+    assert found == {(name, register) for name in ("vfmaddps", "vfmaddpd") for register in ("zmm", "ymm")} | {
+        ("vdpbf16ps", "zmm")
+    }

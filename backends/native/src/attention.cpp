@@ -46,7 +46,9 @@ template <class C, Product kProduct>
 INLINE void add_product(Vector<C>& sum, Vector<C> a, Vector<C> b) {
 #if SA_SOFTMAX_VECTOR == 64
   if constexpr (kProduct == Product::pairs) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    Vector<C> own = sum;  // or arrays of sums, whose elements were operands, would stay in memory
+    asm("vdpbf16ps %2, %1, %0" : "+v"(own) : "v"(b), "v"(a));
+    sum = own;
     return;
   }
 #endif

@@ -67,10 +67,8 @@ struct Row {
   }
   INLINE Vector<C> at(int64_t i) const {
     const Vector<C> v = read(data + i);
-    if constexpr (!kMasked) return v;
-    using I = typename Simd<C>::I;
-    const I on = __builtin_convertvector(load_pack<uint8_t, kLanes<C>>(where + i), I);
-    return on != 0 ? v : all(-kInfinity<C>);
+    if constexpr (kMasked) return where_true<C>(where + i, v);
+    return v;
   }
 };
 
@@ -299,8 +297,8 @@ INLINE LaneSums<typename R::C> gradient_sums(const R& z, const G& g, int64_t n, 
     sum.l += only(lanes, e, zero);
     sum.s += ge;
     sum.d += participating<kWhole, C>(v, ge * (v * units - los));
-    sum.at_low = only(lanes, v == low, I{}) ? sum.at_low + 1 : sum.at_low;
-    sum.at_high = only(lanes, v == high, I{}) ? sum.at_high + 1 : sum.at_high;
+    sum.at_low = only(lanes, I(v == low), I{}) ? sum.at_low + 1 : sum.at_low;
+    sum.at_high = only(lanes, I(v == high), I{}) ? sum.at_high + 1 : sum.at_high;
   });
   return {sums[0].l + sums[1].l, sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
           sums[0].at_high + sums[1].at_high};

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "jobs.h"
@@ -195,6 +197,33 @@ INLINE Vector<float> read(const Half* p) {
 #endif
 }
 
+// v where the bytes from p on are true, else -inf. By intrinsics: GCC converts bytes one by one.
+template <class C>
+INLINE Vector<C> where_true(const uint8_t* p, Vector<C> v) {
+  const Vector<C> no = all(-kInfinity<C>);
+#if defined(__AVX512F__)
+  if constexpr (kSame<C, float>) {
+    const __m128i on = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_mask_mov_ps(no, _mm_test_epi8_mask(on, on), v);
+  } else {
+    const __m128i on = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm512_mask_mov_pd(no, __mmask8(_mm_test_epi8_mask(on, on)), v);
+  }
+#else
+  using I = typename Simd<C>::I;
+#if defined(__AVX2__)
+  I on;
+  if constexpr (kSame<C, float>)
+    on = I(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  else
+    on = I(_mm256_cvtepu8_epi64(_mm_loadu_si32(p)));
+#else
+  const I on = __builtin_convertvector(load_pack<uint8_t, kLanes<C>>(p), I);
+#endif
+  return on != 0 ? v : no;
+#endif
+}
+
 // What a row's exponentials are multiples of. Softmax is the same for exp(z - s) whatever s is; with s = origin + power ln 2,
 // where z - origin is exact and `power` whole, exp(z - s) = 2^(n - power) 2^r and nothing is rounded but r:
 //     n + r = (z - origin) log2(e), n whole, |r| <= 1/2
@@ -243,12 +272,34 @@ INLINE Vector<C> unless_below(Vector<C> v, C lowest, Vector<C> x) {
   return v < all(lowest) ? Vector<C>{} : x;
 #endif
 }
+// a b + c, rounded once. Elsewhere compilers may choose; here the one rounding is what counts.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+template <class C>
+INLINE Vector<C> fused(Vector<C> a, Vector<C> b, Vector<C> c) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<C, float>)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  if constexpr (kSame<C, float>)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#else
+  if constexpr (kSame<C, float>)
+    return vfmaq_f32(c, a, b);
+  else
+    return vfmaq_f64(c, a, b);
+#endif
+}
+#endif
 // v log2(e) - n, n whole: only the difference is rounded.
 template <class C>
 INLINE Vector<C> remainder_of(Vector<C> v, Vector<C> n) {
   using S = Simd<C>;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return v * S::log2e_low + (v * S::log2e_high - n);
+  return fused<C>(v, all(S::log2e_low), fused<C>(v, all(S::log2e_high), -n));
 #else
   const Vector<C> upper = as<Vector<C>>(as<typename S::U>(v) & S::upper);  // times log2e_short: exact, as the rest is
   return ((upper * S::log2e_short - n) + (v - upper) * S::log2e_short) + v * S::log2e_rest;
