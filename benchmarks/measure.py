@@ -15,7 +15,7 @@ Progress = Callable[[str], Callable[[Any], Any]]
 """From a title, a wrapper of an iteration that shows how far it is."""
 
 _SAMPLE = 5e-3  # seconds: calls that are shorter are timed several at a time
-_PAUSE = 0.02  # seconds: threads of one runtime's pool spin for a while, and would take cores from the next candidate
+_PAUSE = 0.08  # seconds: threads of a pool spin for up to 50 ms (onnxruntime), and would take cores from the next call
 
 
 @dataclass(frozen=True)

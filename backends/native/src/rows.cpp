@@ -136,8 +136,8 @@ INLINE Vector<C> participating(Vector<C> z, Vector<C> v) {
   return kWhole ? v : z == all(-kInfinity<C>) ? Vector<C>{} : v;
 }
 
-// What else rows need: e, scratch of `pitch` entries for each; whether to stream; and how far ahead the next row lies, to
-// fetch it.
+// What else rows need: e, scratch of `pitch` entries for each; whether to stream; and how far ahead the row lies that
+// is fetched meanwhile.
 template <class C>
 struct Means {
   C* e;
@@ -276,31 +276,27 @@ __attribute__((noinline)) void forward(const R& z, int64_t count, int64_t n, Y* 
       weigh<false>(z.next(c), n, y + c * y_across, means.of(c), f.unit[c], f.lo[c], scale[c]);
 }
 
+// A row's sums of a gradient, but for l.
 template <class C>
 using LaneSums = Sums<Vector<C>, typename Simd<C>::I>;
-// The exponentials are stored: of common_shift, if kUsual.
-template <bool kWhole, bool kUsual, class R, class G>
+template <bool kWhole, class R, class G>
 INLINE LaneSums<typename R::C> gradient_sums(const R& z, const G& g, int64_t n, const Means<typename R::C>& means,
                                              const Extrema<typename R::C>& row, typename R::C unit, typename R::C lo) {
   using C = typename R::C;
   using I = typename Simd<C>::I;
-  const Vector<C> zero{}, low = all(row.low), high = all(row.high), units = all(unit), los = all(lo);
-  const Shift<C> by = kUsual ? common_shift<C>() : shift(row.high);
+  const Vector<C> low = all(row.low), high = all(row.high), units = all(unit), los = all(lo);
   LaneSums<C> sums[2] = {};
   vectors<C, 2>(0, n, [&](int64_t i, int u, auto lanes) {
-    fetch(z.data + means.next + i);
     fetch(g.data + means.next_g + i);
-    const Vector<C> v = z.at(i), e = exp_shifted<C, kUsual>(kUsual ? v : v - by.origin, by);
-    store(means.e + i, e);
-    const Vector<C> ge = only(lanes, participating<kWhole, C>(v, g.at(i) * e), zero);
+    const Vector<C> v = z.at(i);
+    const Vector<C> ge = only(lanes, participating<kWhole, C>(v, g.at(i) * load(means.e + i)), Vector<C>{});
     LaneSums<C>& sum = sums[u];
-    sum.l += only(lanes, e, zero);
     sum.s += ge;
     sum.d += participating<kWhole, C>(v, ge * (v * units - los));
     sum.at_low = only(lanes, I(v == low), I{}) ? sum.at_low + 1 : sum.at_low;
     sum.at_high = only(lanes, I(v == high), I{}) ? sum.at_high + 1 : sum.at_high;
   });
-  return {sums[0].l + sums[1].l, sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
+  return {Vector<C>{}, sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
           sums[0].at_high + sums[1].at_high};
 }
 template <bool kWhole, bool kUsual, class R, class G, class Y>
@@ -331,40 +327,46 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
   using C = typename R::C;
   using V = Four<C>;
   using Count = typename Simd<C>::Count;
-  Vector<C> low[kTogether] = {}, high[kTogether] = {};
+  Vector<C> low[kTogether] = {}, high[kTogether] = {}, total[kTogether] = {};
   for (int64_t c = 0; c < count; ++c) {
-    const auto of = lane_extrema(z.next(c), n, [](auto...) {}, [] {});
-    low[c] = of.low, high[c] = of.high;
+    const Found<C> row = find(z.next(c), n, means.of(c));
+    low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
   }
   const Ranges<C> rows = ranges(z, count, n, low, high);
   const Factor<V> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, n);
   const auto row = [&](int64_t c) { return Extrema<C>{rows.of.low[c], rows.of.high[c]}; };
+  V sums_of_e = halve_four<C>(total, plus);
+  const auto compute_again = [&](int64_t c) {
+    sums_of_e[c] = exponentials(z.next(c), n, shift<C>(rows.of.high[c]), means.of(c).e);
+  };
   bool usual[kTogether] = {}, wanted[kTogether] = {};
   for (int64_t c = 0; c < count; ++c) {
     wanted[c] = true;
     usual[c] = is_common<C>(rows.of.high[c]) &&
                (normalized ? f.inverse_range[c] * f.unit[c] < kLargeFactor<C> : f.unit[c] == 1);
+    if (!usual[c]) compute_again(c);
   }
-  Vector<C> l[kTogether] = {}, s[kTogether] = {}, d[kTogether] = {};
+  Vector<C> s[kTogether] = {}, d[kTogether] = {};
   typename Simd<C>::I at_low[kTogether] = {}, at_high[kTogether] = {};
   Sums<V, V> sums;
   for (bool complete = false; !complete;) {
     for (int64_t c = 0; c < count; ++c) {
       if (!wanted[c]) continue;
-      choose(rows.whole[c], usual[c], [&](auto whole, auto common) {
-        const LaneSums<C> of =
-            gradient_sums<whole.value, common.value>(z.next(c), g.next(c), n, means.of(c), row(c), f.unit[c], f.lo[c]);
-        l[c] = of.l, s[c] = of.s, d[c] = of.d, at_low[c] = of.at_low, at_high[c] = of.at_high;
+      choose(rows.whole[c], usual[c], [&](auto whole, auto) {
+        const LaneSums<C> of = gradient_sums<whole.value>(z.next(c), g.next(c), n, means.of(c), row(c), f.unit[c], f.lo[c]);
+        s[c] = of.s, d[c] = of.d, at_low[c] = of.at_low, at_high[c] = of.at_high;
       });
     }
-    sums = {halve_four<C>(l, plus), halve_four<C>(s, plus), halve_four<C>(d, plus),
+    sums = {sums_of_e, halve_four<C>(s, plus), halve_four<C>(d, plus),
             __builtin_convertvector(halve_four<Count>(at_low, plus), V),
             __builtin_convertvector(halve_four<Count>(at_high, plus), V)};
     // A sum that overflows, because g is huge, may be finite with smaller exponentials.
     complete = true;
     for (int64_t c = 0; c < count; ++c) {
       wanted[c] = usual[c] && !(sums.s[c] - sums.s[c] == 0 && sums.d[c] - sums.d[c] == 0);
-      if (wanted[c]) usual[c] = complete = false;
+      if (!wanted[c]) continue;
+      usual[c] = complete = false;
+      compute_again(c);
     }
   }
   const Gradient<V> by = gradient<C>(rows.of, f, sums, normalized);
@@ -432,7 +434,8 @@ void rows(const RowJob& job, int64_t begin, int64_t end, void* scratch) {
     const uint8_t* const where = job.where ? job.where + at.where : nullptr;
     const int64_t together = job.together();
     if (job.direct) {
-      const Means<C> means{z, pitch, job.streams, together * job.across.x, together * job.across.g};
+      const int64_t ahead = 1024 / job.n > together ? 1024 / job.n : together;
+      const Means<C> means{z, pitch, job.streams, ahead * job.across.x, ahead * job.across.g};
       for (int64_t c = 0; c < count; c += together) {
         const int64_t several = least(together, count - c);
         T* const to = y + c * job.across.y;
