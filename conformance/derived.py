@@ -153,12 +153,16 @@ def attention_records() -> Iterator[Derived]:
         ("gqa-130x65-d=72-dv=40", "heads/4-over-2", (130, 65), (72, 40), "mask"),
         ("bias-70x140", "bias/full", (70, 140), (4, 4), "mask"),
         ("bias-minus-inf-20x1100", "bias/full", (20, 1100), (4, 4), "minus-inf"),
+        ("few-queries-5x1100", "shape/5x7", (5, 1100), (4, 4), "mask"),
+        ("gqa-one-query-1x2300", "heads/4-over-2-one-query", (1, 2300), (64, 40), "mask"),
         ("large-bias-5x300", "bias/large", (5, 300), (4, 4), "mask"),
         ("gqa-bias-33x1100", "heads/6-over-2-bias-mask-causal", (33, 1100), (4, 4), "mask"),
         ("negative-scale-130x20", "scale/negative", (130, 20), (72, 40), "mask"),
         ("twin-keys-8x140", "ties/twin-keys", (8, 140), (4, 4), "mask"),
         ("nan-query-40x140", "excluded/nan-query-poisons-its-row", (40, 140), (4, 4), "mask"),
+        ("many-queries-600x70", "shape/5x7", (600, 70), (4, 4), "mask"),
         ("causal-130x170", "causal/square", (130, 170), (4, 4), "causal"),
+        ("causal-600x640", "causal/square", (600, 640), (4, 4), "causal"),
     )
     found = {record.id: record for record in golden.records()}
     for dtype in DTYPES:
@@ -203,7 +207,7 @@ def _wider(record: Record, t: tuple[int, int], d: tuple[int, int], form: str) ->
     options: dict[str, Any] = {"scale": scale if scale is not None else q.shape[-1] ** -0.5}
     keep = np.broadcast_to(given.get("mask", np.ones(1, bool)), scores)
     if form == "causal":
-        of_q = np.array([62, 63, 64, 65, 127, 128])
+        of_q = np.array([62, 63, 64, 65, 127, 128] if t[0] < 512 else [127, 128, 255, 256, 511, 512])
         of_k, options = of_q + 40, options | {"is_causal": True, "q_offset": 40}
     elif record.options.get("is_causal"):
         keep = keep & np.tri(scores[-2], scores[-1], record.options.get("q_offset", 0), dtype=bool)

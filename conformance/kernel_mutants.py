@@ -378,8 +378,8 @@ def _more_keys(n: int, needs: str | None = None) -> When:
     )
 
 
-def _one_query(needs: str) -> When:
-    return lambda arrays, options: arrays[0].shape[-2] == 1 and options[needs] is not None
+def _few_queries(most: int, needs: str | None = None) -> When:
+    return lambda arrays, options: arrays[0].shape[-2] <= most and (needs is None or options[needs] is not None)
 
 
 def _attention() -> Iterator[KernelMutant]:
@@ -388,7 +388,10 @@ def _attention() -> Iterator[KernelMutant]:
 
     for limit in (257, 1024):
         yield mutant(f"keys-from-{limit}-lost", _scores=_keys_from(limit))
-    yield mutant("queries-from-129-lost", _weigh=_output_from(-2, 129))
+    for most, limit in ((5, 512), (1, 1024), (1, 2048)):
+        yield mutant(f"keys-from-{limit}-lost-of-up-to-{most}-queries", _few_queries(most), _scores=_keys_from(limit))
+    for limit in (129, 256, 512):
+        yield mutant(f"queries-from-{limit}-lost", _weigh=_output_from(-2, limit))
     yield mutant("values-from-32-lost", _weigh=_output_from(-1, 32))
     for limit in (32, 64, 128):
         yield mutant(f"dimensions-from-{limit}-lost", _scores=_dimensions_from(limit))
@@ -398,8 +401,9 @@ def _attention() -> Iterator[KernelMutant]:
     yield mutant("mask-ignored-beyond-64-keys", _more_keys(64, "mask"), _scores=_without(4, None))
     yield mutant("bias-ignored-beyond-64-keys", _more_keys(64, "bias"), _scores=_without(3, None))
     yield mutant("offset-ignored-beyond-64-keys", _more_keys(64, "is_causal"), _scores=_without(6, 0))
-    yield mutant("mask-ignored-for-one-query", _one_query("mask"), _scores=_without(4, None))
-    yield mutant("bias-ignored-for-one-query", _one_query("bias"), _scores=_without(3, None))
+    yield mutant("offset-ignored-beyond-512-keys", _more_keys(512, "is_causal"), _scores=_without(6, 0))
+    yield mutant("mask-ignored-for-one-query", _few_queries(1, "mask"), _scores=_without(4, None))
+    yield mutant("bias-ignored-for-one-query", _few_queries(1, "bias"), _scores=_without(3, None))
     yield mutant(
         "lowest-finite-bias-excludes", _scores=_low_bias_excludes(lambda b: float(ml_dtypes.finfo(b.dtype).min) / 2)
     )
