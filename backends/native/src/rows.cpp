@@ -258,11 +258,12 @@ template <class R, class Y>
 __attribute__((noinline)) void forward(const R& z, int64_t count, int64_t n, Y* y, int64_t y_across,
                                        const Means<typename R::C>& means, bool normalized) {
   using C = typename R::C;
-  Vector<C> low[kTogether] = {}, high[kTogether] = {}, total[kTogether] = {};
+  Vector<C> low[kTogether], high[kTogether], total[kTogether];
   for (int64_t c = 0; c < count; ++c) {
     const Found<C> row = find(z.next(c), n, means.of(c));
     low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
   }
+  for (int64_t c = count; c < kTogether; ++c) low[c] = high[c] = total[c] = Vector<C>{};
   const Ranges<C> rows = ranges(z, count, n, low, high);
   Four<C> sums = halve_four<C>(total, plus);
   for (int64_t c = 0; c < count; ++c)
@@ -327,11 +328,12 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
   using C = typename R::C;
   using V = Four<C>;
   using Count = typename Simd<C>::Count;
-  Vector<C> low[kTogether] = {}, high[kTogether] = {}, total[kTogether] = {};
+  Vector<C> low[kTogether], high[kTogether], total[kTogether];
   for (int64_t c = 0; c < count; ++c) {
     const Found<C> row = find(z.next(c), n, means.of(c));
     low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
   }
+  for (int64_t c = count; c < kTogether; ++c) low[c] = high[c] = total[c] = Vector<C>{};
   const Ranges<C> rows = ranges(z, count, n, low, high);
   const Factor<V> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, n);
   const auto row = [&](int64_t c) { return Extrema<C>{rows.of.low[c], rows.of.high[c]}; };
@@ -346,8 +348,9 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
                (normalized ? f.inverse_range[c] * f.unit[c] < kLargeFactor<C> : f.unit[c] == 1);
     if (!usual[c]) compute_again(c);
   }
-  Vector<C> s[kTogether] = {}, d[kTogether] = {};
-  typename Simd<C>::I at_low[kTogether] = {}, at_high[kTogether] = {};
+  Vector<C> s[kTogether], d[kTogether];
+  typename Simd<C>::I at_low[kTogether], at_high[kTogether];
+  for (int64_t c = count; c < kTogether; ++c) s[c] = d[c] = Vector<C>{}, at_low[c] = at_high[c] = typename Simd<C>::I{};
   Sums<V, V> sums;
   for (bool complete = false; !complete;) {
     for (int64_t c = 0; c < count; ++c) {
