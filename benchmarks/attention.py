@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,7 +30,8 @@ def inputs(shape: AttentionShape, dtype: torch.dtype, device: str) -> tuple[Tens
 def attention(device: str, rounds: int, progress: Progress) -> Iterator[Figure]:
     """Both variants, full and causal: forward, and forward with backward in float32 (CPU) or bfloat16 (CUDA); forward
     in bfloat16. Beside them, one matrix product of as many operations as attention's own products have together: what
-    is left of the peer's time when all else costs nothing."""
+    is left of the peer's time when all else costs nothing. PyTorch's library is not the fastest one everywhere, so
+    NumPy's computes it, too."""
     for shape in ATTENTION:
         for is_causal in (False, True):
             for dtype, backward in (
@@ -67,7 +69,10 @@ def _figures(
     part = "forward + backward" if backward else "forward"
     label = f"{part}, {'causal' if is_causal else 'full'}, {str(dtype).removeprefix('torch.')}"
     calls = {name: call(attend) for name, attend in candidates.items()}
-    calls["one matmul"] = lambda: torch.matmul(a, b, out=out)
+    products_alone: dict[str, Callable[[], object]] = {"one matmul": lambda: torch.matmul(a, b, out=out)}
+    if device == "cpu" and dtype == torch.float32:
+        products_alone["one matmul by NumPy"] = lambda: np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+    calls |= products_alone
     with pinned:
         times = interleave(
             calls,
@@ -75,5 +80,5 @@ def _figures(
             wall if device == "cpu" else cuda,
             progress(f"attention {shape}, {label}"),
         )
-    for name in (*VARIANTS, "one matmul"):
+    for name in (*VARIANTS, *products_alone):
         yield Figure.of("attention", name, str(shape), peer, times, label)

@@ -67,7 +67,7 @@ def plot(figures: Sequence[Figure], machine: dict[str, str], path: Path) -> None
     bars = [colors[figure.group] for figure in figures]
     axes.barh(positions, ratios, xerr=errors, color=bars, height=0.7, error_kw={"linewidth": 1, "ecolor": "0.3"})
     axes.set_yticks(positions, [f"{figure.name}  {figure.shape}  / {figure.peer}" for figure in figures], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(figures) - 0.4, -0.6)  # from the top, and no empty bands
     axes.axvline(1, color="0.2", linewidth=1)
     axes.set_xlabel("time (or memory) over that of the peer")
     axes.set_title(f"{machine['hardware']}, {machine['threads']} threads, {machine['implementation']}", fontsize=9)
