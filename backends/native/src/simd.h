@@ -209,18 +209,17 @@ INLINE Vector<C> where_true(const uint8_t* p, Vector<C> v) {
     const __m128i on = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm512_mask_mov_pd(no, __mmask8(_mm_test_epi8_mask(on, on)), v);
   }
+#elif defined(__AVX2__)
+  if constexpr (kSame<C, float>) {
+    const __m128i on = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return as<typename Simd<C>::I>(_mm256_cvtepu8_epi32(on)) != 0 ? v : no;
+  } else {
+    int32_t on;
+    std::memcpy(&on, p, sizeof on);
+    return as<typename Simd<C>::I>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(on))) != 0 ? v : no;
+  }
 #else
-  using I = typename Simd<C>::I;
-#if defined(__AVX2__)
-  I on;
-  if constexpr (kSame<C, float>)
-    on = I(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  else
-    on = I(_mm256_cvtepu8_epi64(_mm_loadu_si32(p)));
-#else
-  const I on = __builtin_convertvector(load_pack<uint8_t, kLanes<C>>(p), I);
-#endif
-  return on != 0 ? v : no;
+  return __builtin_convertvector(load_pack<uint8_t, kLanes<C>>(p), typename Simd<C>::I) != 0 ? v : no;
 #endif
 }
 
