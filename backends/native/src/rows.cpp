@@ -14,7 +14,7 @@ INLINE Words rounded(Vector<float> v, Bfloat) {
   using U = Simd<float>::U;
   const U bits = as<U>(v), halfway = bits + 0x7fff + ((bits >> 16) & 1);
   const U nan = U{} + 0x7fc0;
-  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : halfway >> 16, Words);
+  return __builtin_convertvector(v == v ? halfway >> 16 : nan, Words);
 }
 INLINE Words rounded(Vector<float> v, Half) {
 #if defined(__AVX512F__)
