@@ -144,6 +144,9 @@ def _many(dtype: str, count: int) -> Record:
 
 # Attention.
 
+_TILE_EDGES = {130: (62, 63, 64, 65, 127, 128), 600: (127, 128, 255, 256, 511, 512)}
+"""Queries at both sides of where tiles end, by Tq."""
+
 
 def attention_records() -> Iterator[Derived]:
     """Golden records of attention among excluded keys and queries and zeros along D, and batches of thousands."""
@@ -207,7 +210,7 @@ def _wider(record: Record, t: tuple[int, int], d: tuple[int, int], form: str) ->
     options: dict[str, Any] = {"scale": scale if scale is not None else q.shape[-1] ** -0.5}
     keep = np.broadcast_to(given.get("mask", np.ones(1, bool)), scores)
     if form == "causal":
-        of_q = np.array([62, 63, 64, 65, 127, 128] if t[0] < 512 else [127, 128, 255, 256, 511, 512])
+        of_q = np.array(_TILE_EDGES[t[0]])
         of_k, options = of_q + 40, options | {"is_causal": True, "q_offset": 40}
     elif record.options.get("is_causal"):
         keep = keep & np.tri(scores[-2], scores[-1], record.options.get("q_offset", 0), dtype=bool)

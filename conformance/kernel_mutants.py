@@ -378,6 +378,10 @@ def _more_keys(n: int, needs: str | None = None) -> When:
     )
 
 
+def _few_keys(most: int) -> When:
+    return lambda arrays, options: arrays[1].shape[-2] <= most
+
+
 def _few_queries(most: int, needs: str | None = None) -> When:
     return lambda arrays, options: arrays[0].shape[-2] <= most and (needs is None or options[needs] is not None)
 
@@ -390,8 +394,9 @@ def _attention() -> Iterator[KernelMutant]:
         yield mutant(f"keys-from-{limit}-lost", _scores=_keys_from(limit))
     for most, limit in ((5, 512), (1, 1024), (1, 2048)):
         yield mutant(f"keys-from-{limit}-lost-of-up-to-{most}-queries", _few_queries(most), _scores=_keys_from(limit))
-    for limit in (129, 256, 512):
-        yield mutant(f"queries-from-{limit}-lost", _weigh=_output_from(-2, limit))
+    yield mutant("queries-from-129-lost", _weigh=_output_from(-2, 129))
+    for limit in (256, 512):
+        yield mutant(f"queries-from-{limit}-lost-of-few-keys", _few_keys(256), _weigh=_output_from(-2, limit))
     yield mutant("values-from-32-lost", _weigh=_output_from(-1, 32))
     for limit in (32, 64, 128):
         yield mutant(f"dimensions-from-{limit}-lost", _scores=_dimensions_from(limit))

@@ -152,8 +152,8 @@ __attribute__((noinline)) void vjp_row(const C* z, const C* g, int64_t n, C* dx,
       at_high[u] = v == high ? at_high[u] + 1 : at_high[u];
       store(e + at, exponential);
     }
-  const Sums<C, C> sums{sum<C>(l), sum<C>(s), sum<C>(d), C(sum<Count>(at_low)), C(sum<Count>(at_high))};
-  const Gradient<C> gradients = gradient<C>(row, f, sums, normalized);
+  const Sums<C, C> sums{sum<C>(s), sum<C>(d), C(sum<Count>(at_low)), C(sum<Count>(at_high))};
+  const Gradient<C> gradients = gradient<C>(row, f, sum<C>(l), sums, normalized);
   const Entries<C, !kPlain> entries(row, gradients);
   for (int64_t i = 0; i < n; i += kLanes<C>) {
     const Vector<C> v = load(z + i), up = load(g + i), p = load(e + i) * entries.p_scale, a = entries.a(v);

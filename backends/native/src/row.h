@@ -66,11 +66,11 @@ INLINE Factor<V> room(const Extrema<V>& row, int64_t n) {
   return {is_huge ? unit : one, is_huge ? inverse : one, zero, one};
 }
 
-// The sums of a row's gradient: l of e, s of g e, d of g e (unit z - lo), and how many entries are extremal. V and I are
-// vectors, then what they add up to.
+// The sums of a row's gradient: s of g e, d of g e (unit z - lo), and how many entries are extremal. V and I are vectors,
+// then what they add up to.
 template <class V, class I>
 struct Sums {
-  V l, s, d;
+  V s, d;
   I at_low, at_high;
 };
 // dx = (p ((g a - D) + g / R) + extremal) grow, with a = (unit z - lo) a_scale and p = e p_scale: g / R is what is left where
@@ -82,10 +82,11 @@ struct Gradient {
 };
 template <class C>
 constexpr C kLargeFactor = kSame<C, float> ? C(0x1p100) : C(0x1p960);
+// l is the sum of e.
 template <class C, class V>
-INLINE Gradient<V> gradient(const Extrema<V>& row, const Factor<V>& f, const Sums<V, V>& sums, bool normalized) {
+INLINE Gradient<V> gradient(const Extrema<V>& row, const Factor<V>& f, V l, const Sums<V, V>& sums, bool normalized) {
   const V zero{}, one = zero + 1;
-  const V inverse_l = 1 / sums.l, S = sums.s * inverse_l, D = sums.d * inverse_l * f.inverse_range;
+  const V inverse_l = 1 / l, S = sums.s * inverse_l, D = sums.d * inverse_l * f.inverse_range;
   const V spare = f.inverse_range * f.unit < zero + kLargeFactor<C> ? one : zero + C(0x1p-60);
   const V outside = spare * f.unit;
   const V to_low = (D - S) / sums.at_low * f.inverse_range * outside;

@@ -151,21 +151,6 @@ INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);  // to the second level: the first holds the row at hand
 }
 
-// A row's extrema, of each lane. Calls also(i, u, lanes, entries) and end() on the way, as `segments` does.
-template <class R, class F, class E>
-INLINE Extrema<Vector<typename R::C>> lane_extrema(const R& z, int64_t n, const F& also, const E& end) {
-  using C = typename R::C;
-  Vector<C> low[4], high[4];
-  for (int u = 0; u < 4; ++u) low[u] = all(kInfinity<C>), high[u] = -low[u];
-  const auto look = [&](int64_t i, int u, auto lanes) {
-    const Vector<C> v = z.at(i);
-    high[u] = larger(v, high[u]);
-    low[u] = smaller(v, low[u]);
-    also(i, u, lanes, v);
-  };
-  segments<C, 4>(n, look, end);
-  return {combine(low, smaller), combine(high, larger)};
-}
 // The least entry that participates.
 template <class R>
 __attribute__((noinline)) typename R::C least_finite(const R& z, int64_t n) {
@@ -176,23 +161,6 @@ __attribute__((noinline)) typename R::C least_finite(const R& z, int64_t n) {
     least = smaller(v == all(-kInfinity<C>) ? all(kInfinity<C>) : v, least);
   });
   return halve<C>(least, smaller);
-}
-// Up to four rows.
-template <class C>
-struct Ranges {
-  Extrema<Four<C>> of;
-  bool whole[kTogether];  // no entry is -inf: all participate
-};
-template <class R>
-INLINE Ranges<typename R::C> ranges(const R& z, int64_t count, int64_t n, const Vector<typename R::C> (&low)[kTogether],
-                                    const Vector<typename R::C> (&high)[kTogether]) {
-  using C = typename R::C;
-  Ranges<C> rows{{halve_four<C>(low, smaller), halve_four<C>(high, larger)}, {}};
-  for (int64_t c = 0; c < count; ++c) {
-    rows.whole[c] = rows.of.low[c] != -kInfinity<C>;
-    if (!rows.whole[c]) rows.of.low[c] = least_finite(z.next(c), n);
-  }
-  return rows;
 }
 template <class C>
 INLINE bool is_common(C high) {
@@ -218,28 +186,55 @@ INLINE Found<typename R::C> find(const R& z, int64_t n, const Means<typename R::
   using C = typename R::C;
   const Shift<C> common = common_shift<C>();
   Total<C> total;
-  const auto add = [&](int64_t i, int u, auto lanes, Vector<C> v) {
+  Vector<C> low[4], high[4];
+  for (int u = 0; u < 4; ++u) low[u] = all(kInfinity<C>), high[u] = -low[u];
+  const auto add = [&](int64_t i, int u, auto lanes) {
     fetch(z.data + means.next + i);
-    const Vector<C> e = exp_shifted<C, true>(v, common);
+    const Vector<C> v = z.at(i), e = exp_shifted<C, true>(v, common);
+    high[u] = larger(v, high[u]);
+    low[u] = smaller(v, low[u]);
     total.ways[u] += only(lanes, e, Vector<C>{});
     store(means.e + i, e);
   };
-  const auto of = lane_extrema(z, n, add, [&] { total.end(); });
-  return {of, total.whole};
+  segments<C, 4>(n, add, [&] { total.end(); });
+  return {{combine(low, smaller), combine(high, larger)}, total.whole};
 }
-// The exponentials for any maximum, and their sum.
+// The exponentials for the maximum `high`, whatever it is, and their sum.
 template <class R>
-__attribute__((noinline)) typename R::C exponentials(const R& z, int64_t n, const Shift<typename R::C>& shift,
-                                                     typename R::C* e) {
+__attribute__((noinline)) typename R::C exponentials(const R& z, int64_t n, typename R::C high, typename R::C* e) {
   using C = typename R::C;
+  const Shift<C> by = shift(high);
   Total<C> total;
   const auto add = [&](int64_t i, int u, auto lanes) {
-    const Vector<C> out = exp_shifted<C>(z.at(i) - shift.origin, shift);
+    const Vector<C> out = exp_shifted<C>(z.at(i) - by.origin, by);
     total.ways[u] += only(lanes, out, Vector<C>{});
     store(e + i, out);
   };
   segments<C, 4>(n, add, [&] { total.end(); });
   return halve<C>(total.whole, plus);
+}
+// Up to four rows: what forward and gradient begin with.
+template <class C>
+struct Rows {
+  Extrema<Four<C>> of;
+  Four<C> sums;           // of the exponentials of common_shift, which are stored
+  bool whole[kTogether];  // no entry is -inf: all participate
+};
+template <class R>
+INLINE Rows<typename R::C> find_rows(const R& z, int64_t count, int64_t n, const Means<typename R::C>& means) {
+  using C = typename R::C;
+  Vector<C> low[kTogether], high[kTogether], total[kTogether];
+  for (int64_t c = 0; c < count; ++c) {
+    const Found<C> row = find(z.next(c), n, means.of(c));
+    low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
+  }
+  for (int64_t c = count; c < kTogether; ++c) low[c] = high[c] = total[c] = Vector<C>{};
+  Rows<C> rows{{halve_four<C>(low, smaller), halve_four<C>(high, larger)}, halve_four<C>(total, plus), {}};
+  for (int64_t c = 0; c < count; ++c) {
+    rows.whole[c] = rows.of.low[c] != -kInfinity<C>;
+    if (!rows.whole[c]) rows.of.low[c] = least_finite(z.next(c), n);
+  }
+  return rows;
 }
 // y = (unit z - lo) e scale
 template <bool kWhole, class R, class Y>
@@ -258,18 +253,12 @@ template <class R, class Y>
 __attribute__((noinline)) void forward(const R& z, int64_t count, int64_t n, Y* y, int64_t y_across,
                                        const Means<typename R::C>& means, bool normalized) {
   using C = typename R::C;
-  Vector<C> low[kTogether], high[kTogether], total[kTogether];
-  for (int64_t c = 0; c < count; ++c) {
-    const Found<C> row = find(z.next(c), n, means.of(c));
-    low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
-  }
-  for (int64_t c = count; c < kTogether; ++c) low[c] = high[c] = total[c] = Vector<C>{};
-  const Ranges<C> rows = ranges(z, count, n, low, high);
-  Four<C> sums = halve_four<C>(total, plus);
+  const Rows<C> rows = find_rows(z, count, n, means);
+  Four<C> l = rows.sums;
   for (int64_t c = 0; c < count; ++c)
-    if (!is_common<C>(rows.of.high[c])) sums[c] = exponentials(z.next(c), n, shift<C>(rows.of.high[c]), means.of(c).e);
+    if (!is_common<C>(rows.of.high[c])) l[c] = exponentials(z.next(c), n, rows.of.high[c], means.of(c).e);
   const Factor<Four<C>> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, 1);
-  const Four<C> scale = (normalized ? f.inverse_range : f.inverse_unit) / sums;
+  const Four<C> scale = (normalized ? f.inverse_range : f.inverse_unit) / l;
   for (int64_t c = 0; c < count; ++c)
     if (rows.whole[c])
       weigh<true>(z.next(c), n, y + c * y_across, means.of(c), f.unit[c], f.lo[c], scale[c]);
@@ -277,7 +266,6 @@ __attribute__((noinline)) void forward(const R& z, int64_t count, int64_t n, Y* 
       weigh<false>(z.next(c), n, y + c * y_across, means.of(c), f.unit[c], f.lo[c], scale[c]);
 }
 
-// A row's sums of a gradient, but for l.
 template <class C>
 using LaneSums = Sums<Vector<C>, typename Simd<C>::I>;
 template <bool kWhole, class R, class G>
@@ -297,7 +285,7 @@ INLINE LaneSums<typename R::C> gradient_sums(const R& z, const G& g, int64_t n, 
     sum.at_low = only(lanes, I(v == low), I{}) ? sum.at_low + 1 : sum.at_low;
     sum.at_high = only(lanes, I(v == high), I{}) ? sum.at_high + 1 : sum.at_high;
   });
-  return {Vector<C>{}, sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
+  return {sums[0].s + sums[1].s, sums[0].d + sums[1].d, sums[0].at_low + sums[1].at_low,
           sums[0].at_high + sums[1].at_high};
 }
 template <bool kWhole, bool kUsual, class R, class G, class Y>
@@ -328,25 +316,16 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
   using C = typename R::C;
   using V = Four<C>;
   using Count = typename Simd<C>::Count;
-  Vector<C> low[kTogether], high[kTogether], total[kTogether];
-  for (int64_t c = 0; c < count; ++c) {
-    const Found<C> row = find(z.next(c), n, means.of(c));
-    low[c] = row.of.low, high[c] = row.of.high, total[c] = row.total;
-  }
-  for (int64_t c = count; c < kTogether; ++c) low[c] = high[c] = total[c] = Vector<C>{};
-  const Ranges<C> rows = ranges(z, count, n, low, high);
+  const Rows<C> rows = find_rows(z, count, n, means);
+  V l = rows.sums;
   const Factor<V> f = normalized ? factor<C>(rows.of) : room<C>(rows.of, n);
   const auto row = [&](int64_t c) { return Extrema<C>{rows.of.low[c], rows.of.high[c]}; };
-  V sums_of_e = halve_four<C>(total, plus);
-  const auto compute_again = [&](int64_t c) {
-    sums_of_e[c] = exponentials(z.next(c), n, shift<C>(rows.of.high[c]), means.of(c).e);
-  };
   bool usual[kTogether] = {}, wanted[kTogether] = {};
   for (int64_t c = 0; c < count; ++c) {
     wanted[c] = true;
     usual[c] = is_common<C>(rows.of.high[c]) &&
                (normalized ? f.inverse_range[c] * f.unit[c] < kLargeFactor<C> : f.unit[c] == 1);
-    if (!usual[c]) compute_again(c);
+    if (!usual[c]) l[c] = exponentials(z.next(c), n, rows.of.high[c], means.of(c).e);
   }
   Vector<C> s[kTogether], d[kTogether];
   typename Simd<C>::I at_low[kTogether], at_high[kTogether];
@@ -355,12 +334,13 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
   for (bool complete = false; !complete;) {
     for (int64_t c = 0; c < count; ++c) {
       if (!wanted[c]) continue;
-      choose(rows.whole[c], usual[c], [&](auto whole, auto) {
+      const auto add_up = [&](auto whole) {
         const LaneSums<C> of = gradient_sums<whole.value>(z.next(c), g.next(c), n, means.of(c), row(c), f.unit[c], f.lo[c]);
         s[c] = of.s, d[c] = of.d, at_low[c] = of.at_low, at_high[c] = of.at_high;
-      });
+      };
+      rows.whole[c] ? add_up(Constant<true>{}) : add_up(Constant<false>{});
     }
-    sums = {sums_of_e, halve_four<C>(s, plus), halve_four<C>(d, plus),
+    sums = {halve_four<C>(s, plus), halve_four<C>(d, plus),
             __builtin_convertvector(halve_four<Count>(at_low, plus), V),
             __builtin_convertvector(halve_four<Count>(at_high, plus), V)};
     // A sum that overflows, because g is huge, may be finite with smaller exponentials.
@@ -369,10 +349,10 @@ __attribute__((noinline)) void vjp(const R& z, const G& g, int64_t count, int64_
       wanted[c] = usual[c] && !(sums.s[c] - sums.s[c] == 0 && sums.d[c] - sums.d[c] == 0);
       if (!wanted[c]) continue;
       usual[c] = complete = false;
-      compute_again(c);
+      l[c] = exponentials(z.next(c), n, rows.of.high[c], means.of(c).e);
     }
   }
-  const Gradient<V> by = gradient<C>(rows.of, f, sums, normalized);
+  const Gradient<V> by = gradient<C>(rows.of, f, l, sums, normalized);
   for (int64_t c = 0; c < count; ++c)
     choose(rows.whole[c], usual[c], [&](auto whole, auto common) {
       write_gradient<whole.value, common.value>(z.next(c), g.next(c), n, dx + c * dx_across, means.of(c), row(c),

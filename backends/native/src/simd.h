@@ -137,8 +137,7 @@ template <>
 INLINE Bfloat narrow<Bfloat>(float x) {
   const uint32_t bits = as<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  return Bfloat{uint16_t(nan ? 0x7fc0 : rounded)};
+  return Bfloat{uint16_t(x == x ? rounded : 0x7fc0)};
 }
 template <>
 INLINE Half narrow<Half>(float x) {
